@@ -1,0 +1,38 @@
+# `make demo` and `make test` set up everything they need. Where no virtual environment is active
+# they create .venv; an active one is used as it is.
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.stamina-installed
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+
+.PHONY: demo test lint aot format clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/stamina demo --output demo-output
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest $(TEST_ARGS)
+
+aot: $(INSTALLED)
+	$(PYTHON) -m pytest -m aot tests/kernels
+
+lint: $(INSTALLED)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(INSTALLED)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+# torch first: the extension builds against the torch that will load it.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c constraints.txt torch setuptools wheel ninja
+	$(PYTHON) -m pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build demo-output stamina_kernels/*.so *.egg-info

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs: the one place that decides.
+
+Precedence: the `backend` argument, `use_backend`, the environment variable STAMINA_BACKEND, then
+the default of the device (`cpu` on CPUs, `triton` on GPUs, `reference` where that is not
+available). A name that is unknown, or that cannot serve the device, raises and says what can.
+"""
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+_log = logging.getLogger(__name__)
+
+_MODULES = {
+    "reference": "stamina_kernels.reference",
+    "cpu": "stamina_kernels.cpu",
+    "triton": "stamina_kernels.triton",
+}
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu")}
+_override: str | None = None
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The backend's module, imported on first use."""
+    return importlib.import_module(_MODULES[name])
+
+
+@cache
+def _unavailable_reason(name: str) -> str | None:
+    reason: str | None = load(name).unavailable_reason()
+    return reason
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend's name with the reason why it cannot be used here, or None where it can."""
+    return {name: _unavailable_reason(name) for name in _MODULES}
+
+
+def _serves(name: str, device_type: str) -> bool:
+    if name == "triton" and device_type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return device_type in _DEVICES.get(name, (device_type,))
+
+
+@cache
+def _default(device_type: str) -> str:
+    for name, devices in _DEVICES.items():
+        if device_type in devices:
+            reason = _unavailable_reason(name)
+            if reason is None:
+                return name
+            _log.warning("backend %r is not available, using 'reference': %s", name, reason)
+    return "reference"
+
+
+def resolve(backend: str | None, device_type: str) -> str:
+    """Name of the backend for tensors on `device_type`; compiled code keeps its first answer.
+
+    Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming
+    what can.
+    """
+    name = backend or _override or os.environ.get("STAMINA_BACKEND") or _default(device_type)
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {', '.join(_MODULES)}, got {name!r}")
+    reason = _unavailable_reason(name)
+    if reason is None and not _serves(name, device_type):
+        reason = f"it does not run on device {device_type!r}"
+    if reason is not None:
+        usable = [n for n, why in backends().items() if why is None and _serves(n, device_type)]
+        raise RuntimeError(
+            f"backend {name!r} cannot be used: {reason}; supported here: {', '.join(usable)}"
+        )
+    return name
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo: compiled code
+# takes the answer as it was when it was traced.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one backend for all calls in this process inside the block.
+
+    Raises ValueError for an unknown name.
+    """
+    global _override
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {', '.join(_MODULES)}, got {name!r}")
+    previous, _override = _override, name
+    try:
+        yield
+    finally:
+        _override = previous

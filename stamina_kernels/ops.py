@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations `torch.ops.stamina.*`: schemas, shapes, autograd.
+
+Each is declared once. Its only implementation looks the backend up by the name that the wrapper in
+`functional.py` resolved; `reference.py` defines what it computes and the meaning of every argument.
+Forward and backward are separate operations, so that `torch.compile` sees both, and nothing but the
+packed bits is saved between them.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stamina_kernels import dispatch
+
+_log = logging.getLogger(__name__)
+_library = torch.library.Library("stamina", "DEF")
+_announced: set[tuple[str, str]] = set()
+
+_COORDINATES = "int[] layer_id, int[] row0, int[] col0"
+_LOGITS = "Tensor[] U, Tensor[] V, Tensor[] b"
+_SCHEMAS = {
+    "sample": f"({_LOGITS}, Tensor seed, Tensor step, {_COORDINATES}, bool hard, str backend)"
+    " -> Tensor",
+    "compose": "(Tensor[] weight, Tensor[] A, Tensor[] B, Tensor bits, Tensor scale,"
+    " ScalarType dtype, str backend) -> Tensor",
+    "masked_linear": "(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] A, Tensor[] B,"
+    f" {_LOGITS}, Tensor[] weight_init, Tensor scale, Tensor tau, Tensor seed, Tensor step,"
+    f" {_COORDINATES}, bool hard, str sparse_kind, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "masked_linear_backward": "(Tensor dy, Tensor x, Tensor[] weight, Tensor[] A, Tensor[] B,"
+    f" {_LOGITS}, Tensor[] weight_init, Tensor bits, Tensor scale, Tensor tau, Tensor seed,"
+    f" Tensor step, Tensor g_forget, Tensor g_sparse, {_COORDINATES}, bool hard,"
+    " str sparse_kind, bool need_dx, str backend) -> (Tensor, Tensor)",
+    "commit": "(Tensor A, Tensor B, Tensor U, Tensor V, Tensor b, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "fold_": "(Tensor(a!)[] weight, Tensor[] weight_init, Tensor[] A, Tensor[] B, float[] scale,"
+    " Tensor[] bits, int[] first, str backend) -> ()",
+}
+
+
+def _announce(name: str, backend: str, device: torch.device) -> None:
+    if (backend, device.type) not in _announced:
+        _announced.add((backend, device.type))
+        _log.info("stamina::%s runs on backend %r for device %s", name, backend, device.type)
+
+
+def _first_tensor(arguments: Sequence[Any]) -> Tensor:
+    first = arguments[0]
+    return first if isinstance(first, Tensor) else first[0]
+
+
+def _make_implementation(name: str) -> Any:
+    def implementation(*arguments: Any) -> Any:
+        *rest, backend = arguments
+        device = _first_tensor(rest).device
+        _announce(name, backend, device)
+        function = getattr(dispatch.load(backend), name)
+        if not torch.is_autocast_enabled(device.type):
+            return function(*rest)
+        # the operation fixes its own precision; autocast may be active around the backward
+        with torch.autocast(device.type, enabled=False):
+            return function(*rest)
+
+    return implementation
+
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(_name, _make_implementation(_name), "CompositeExplicitAutograd")
+
+
+def _words(in_features: Any) -> Any:
+    return (in_features + 31) // 32
+
+
+def _total_rows(matrices: Sequence[Tensor]) -> Any:
+    return sum(matrix.shape[0] for matrix in matrices)
+
+
+def _fake_sample(U: Sequence[Tensor], V: Sequence[Tensor], *rest: Any) -> Tensor:
+    return U[0].new_empty(_total_rows(U), _words(V[0].shape[1]), dtype=torch.int32)
+
+
+def _fake_compose(
+    weight: Sequence[Tensor],
+    A: Any,
+    B: Any,
+    bits: Any,
+    scale: Any,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return weight[0].new_empty(_total_rows(weight), weight[0].shape[1], dtype=dtype)
+
+
+def _fake_masked_linear(
+    x: Tensor, weight: Sequence[Tensor], bias: Any, A: Sequence[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, members = _total_rows(weight), len(weight)
+    return (
+        x.new_empty(*x.shape[:-1], rows),
+        A[0].new_empty(members),
+        A[0].new_empty(members),
+        x.new_empty(members, 2, dtype=torch.int64),
+        x.new_empty(rows, _words(x.shape[-1]), dtype=torch.int32),
+    )
+
+
+def _fake_masked_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Any,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    U: Sequence[Tensor],
+    V: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    need_dx = rest[-2]
+    size = sum(t.numel() for group in (A, B, U, V, b) for t in group)
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    return dx, A[0].new_empty(size)
+
+
+def _fake_commit(
+    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        A.new_empty(A.shape, dtype=torch.float16),
+        B.new_empty(B.shape, dtype=torch.float16),
+        A.new_empty(2, dtype=torch.int32),
+        A.new_empty(U.shape[0], _words(V.shape[1]), dtype=torch.int32),
+    )
+
+
+def _fake_fold(*arguments: Any) -> None:
+    return None
+
+
+_FAKES: dict[str, Any] = {
+    "sample": _fake_sample,
+    "compose": _fake_compose,
+    "masked_linear": _fake_masked_linear,
+    "masked_linear_backward": _fake_masked_linear_backward,
+    "commit": _fake_commit,
+    "fold_": _fake_fold,
+}
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"stamina::{_name}", _fake, lib=_library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _bias, A, B, U, V, b, weight_init, scale, tau, seed, step, *static = inputs
+    bits = output[4]
+    ctx.mark_non_differentiable(output[3], bits)
+    ctx.members = len(weight)
+    ctx.has_initial = bool(weight_init)
+    ctx.biases = len(_bias)
+    ctx.static = static
+    ctx.save_for_backward(
+        x, bits, scale, tau, seed, step, *weight, *A, *B, *U, *V, *b, *weight_init
+    )
+
+
+def _backward(
+    ctx: Any, dy: Tensor, g_forget: Tensor, g_sparse: Tensor, _counts: Any, _bits: Any
+) -> tuple[Any, ...]:
+    x, bits, scale, tau, seed, step, *lists = ctx.saved_tensors
+    n = ctx.members
+    weight, A, B, U, V, b, initial = (list(lists[k * n : (k + 1) * n]) for k in range(7))
+    layer_id, row0, col0, hard, sparse_kind, backend = ctx.static
+    dx, flat = torch.ops.stamina.masked_linear_backward(
+        dy.contiguous(), x, weight, A, B, U, V, b, initial, bits, scale, tau, seed, step,
+        g_forget.contiguous(), g_sparse.contiguous(), layer_id, row0, col0, hard, sparse_kind,
+        ctx.needs_input_grad[0], backend,
+    )  # fmt: skip
+    sizes = [t.numel() for k in range(n) for t in (A[k], B[k], U[k], V[k], b[k])]
+    parts = flat.split(sizes)
+    dA, dB, dU, dV, db = (
+        [parts[5 * k + f].view_as(factor[k]) for k in range(n)]
+        for f, factor in enumerate((A, B, U, V, b))
+    )
+    none = [None] * n
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        none, [None] * ctx.biases, dA, dB, dU, dV, db, none if ctx.has_initial else [],
+        *[None] * 4,
+        *[None] * len(ctx.static),
+    )  # fmt: skip
+
+
+torch.library.register_autograd(
+    "stamina::masked_linear", _backward, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input raises before anything is changed, and the message names the argument."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import make_problem
+
+from stamina_kernels import (
+    backends,
+    commit,
+    compose,
+    fold_,
+    info,
+    masked_linear,
+    sample_mask,
+    use_backend,
+)
+
+PROBLEM = make_problem([6], 10, (3,), bias=True)
+MEMBER = PROBLEM.group[0]
+
+
+def call(x=PROBLEM.x, member=MEMBER, **changes):
+    return masked_linear(x, member, **(PROBLEM.scalars() | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": MEMBER.weight.clone().requires_grad_()}, r"weight.requires_grad must be False"),
+        ({"weight": torch.randn(6, 11)}, r"weight must be of shape \[\*, 10\], got \[6, 11\]"),
+        ({"weight": torch.randn(6, 10).double()}, r"weight must be of dtype torch.float32"),
+        (
+            {"weight": torch.randn(6, 10).bfloat16(), "weight_init": None},
+            r"weight must be torch.float32 as x, or wider",
+        ),
+        ({"weight": torch.empty(0, 10), "A": torch.empty(0, 4)}, r"weight must be of at least one"),
+        ({"A": torch.randn(7, 4)}, r"A must be of shape \[6, \*\], got \[7, 4\]"),
+        ({"A": torch.randn(6, 4).half()}, r"A must be of dtype torch.float32, got torch.float16"),
+        ({"A": torch.randn(6, 0), "B": torch.randn(0, 10)}, r"rank of .*A and B must be between 1"),
+        ({"A": torch.randn(6, 300), "B": torch.randn(300, 10)}, r"rank of .* between 1 and 256"),
+        ({"B": torch.randn(4, 9)}, r"B must be of shape \[4, 10\], got \[4, 9\]"),
+        ({"B": None}, r"B must be a tensor, got NoneType"),
+        ({"U": torch.randn(5, 3)}, r"U must be of shape \[6, \*\]"),
+        ({"V": torch.randn(2, 10)}, r"V must be of shape \[3, 10\], got \[2, 10\]"),
+        ({"b": torch.zeros(1)}, r"b must be a 0-dim tensor, got \[1\]"),
+        ({"b": torch.zeros((), device="meta")}, r"b must be on device cpu, got meta"),
+        ({"bias": torch.zeros(5)}, r"bias must be of shape \[6\], got \[5\]"),
+        ({"weight_init": torch.zeros(6, 10).half()}, r"weight_init must be of dtype torch.float32"),
+        ({"weight_init": torch.zeros(6, 9)}, r"weight_init must be of shape \[6, 10\]"),
+        ({"layer_id": 1 << 32}, r"layer_id must be an integer in \[0, 2\^32\), got 4294967296"),
+        ({"row0": -1}, r"row0 and col0 must be non-negative"),
+    ],
+)
+def test_bad_projection(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(member=MEMBER._replace(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": 1.0}, "scale must be a tensor, got float"),
+        ({"tau": torch.ones(1)}, r"tau must be a 0-dim tensor, got \[1\]"),
+        ({"seed": torch.tensor(1.0)}, "seed must be of dtype torch.int64, got torch.float32"),
+        ({"step": 3}, "step must be a tensor, got int"),
+        ({"sparse_kind": "l1"}, "sparse_kind must be 'sigmoid' or 'relu', got 'l1'"),
+        ({"backend": "gpu"}, "backend must be one of reference, cpu, triton, got 'gpu'"),
+        ({"x": torch.tensor(1.0)}, "x must be of shape"),
+        ({"x": torch.zeros(2, 10, dtype=torch.int32)}, "x must be of dtype"),
+        ({"member": []}, "projections must be at least one projection"),
+    ],
+)
+def test_bad_argument(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(**change)
+
+
+def test_group_must_agree_on_optional_tensors():
+    with pytest.raises(ValueError, match=r"bias must be given for all of a group or for none"):
+        call(member=[MEMBER, MEMBER._replace(bias=None)])
+
+
+def test_mask_compose_and_commit_check_their_arguments():
+    scalars = {"seed": PROBLEM.seed, "step": PROBLEM.step}
+    with pytest.raises(ValueError, match="projections must be at least one"):
+        sample_mask([], **scalars)
+    bits = sample_mask(MEMBER, **scalars)
+    with pytest.raises(ValueError, match=r"bits must be of shape \[6, 1\], got \[6, 2\]"):
+        compose(MEMBER, torch.cat([bits, bits], 1), scale=PROBLEM.scale)
+    with pytest.raises(TypeError, match="dtype must be torch.float32, "):
+        compose(MEMBER, bits, scale=PROBLEM.scale, dtype=torch.int8)
+    with pytest.raises(ValueError, match="scale must be finite, got inf"):
+        commit(*MEMBER[1:6], scale=float("inf"))
+
+
+def test_fold_checks_everything_before_it_writes():
+    adapter = commit(*MEMBER[1:6], scale=1.0)
+    initial = MEMBER.weight
+    weight = initial + 1
+    before = weight.clone()
+    cases = [
+        ([weight], [initial], [], "must be of equal length"),
+        ([], [], [], "weights must be at least one weight"),
+        ([weight], [initial.half()], [[adapter]], r"weights_init\[0\] must be of dtype"),
+        ([weight], [weight], [[adapter]], "must be kept apart from the weight"),
+        ([weight.t()], [initial.t()], [[adapter]], r"weights\[0\] must be contiguous"),
+        (
+            [weight],
+            [initial],
+            [[adapter._replace(bits=adapter.bits[:5])]],
+            r"bits must be of shape",
+        ),
+        ([weight], [initial], [[adapter._replace(A=adapter.A.float())]], r"A must be of dtype"),
+    ]
+    for weights, initials, adapters, message in cases:
+        with pytest.raises((ValueError, TypeError), match=message):
+            fold_(weights, initials, adapters)
+        assert torch.equal(weight, before)
+
+
+def test_unusable_backend_says_what_is_supported(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        RuntimeError, match=r"backend 'triton' cannot be used: .*supported here: ref"
+    ):
+        call(backend="triton")
+    with pytest.raises(ValueError, match="backend must be one of"), use_backend("gpu"):
+        pass
+
+
+def test_use_backend_and_environment_choose(monkeypatch):
+    exact = call(backend="reference").y
+    with use_backend("reference"):
+        assert torch.equal(call().y, exact)
+    monkeypatch.setenv("STAMINA_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        call()
+
+
+def test_info_explains_what_is_missing():
+    report = info()
+    assert set(report["backends"]) == set(backends())
+    for entry in report["backends"].values():
+        assert entry["available"] == (entry["reason"] is None)
+    assert report["backends"][report["default_backend"]]["available"]
+
+
+def test_import_is_light():
+    """Neither Triton nor diffusers is imported and nothing is compiled by the import."""
+    code = (
+        "import sys, stamina_kernels;"
+        "print([m for m in ('triton', 'diffusers', 'transformers') if m in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == "[]"

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contracts of the operations on whatever backend is the default: registration, compile, memory."""
+
+import threading
+
+import pytest
+import torch
+from oracle import make_problem, run
+from torch.library import opcheck
+
+from stamina_kernels import backends, masked_linear, sample_mask
+
+AVAILABLE = [name for name in ("reference", "cpu") if backends()[name] is None]
+
+
+def op_arguments(problem, backend):
+    def column(field):
+        return [getattr(p, field) for p in problem.group]
+
+    factors = [column(f) for f in ("A", "B", "U", "V", "b")]
+    scalars = [problem.scale, problem.tau, problem.seed, problem.step]
+    where = [column(f) for f in ("layer_id", "row0", "col0")]
+    return factors, scalars, where, backend
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_opcheck(backend):
+    problem = make_problem([7, 5], 37, (2, 3), bias=True).with_grad()
+    factors, scalars, where, backend = op_arguments(problem, backend)
+    weight = [p.weight for p in problem.group]
+    bias = [p.bias for p in problem.group]
+    initial = [p.weight_init for p in problem.group]
+    ops = torch.ops.stamina
+    opcheck(
+        ops.masked_linear.default,
+        (problem.x, weight, bias, *factors, initial, *scalars, *where, False, "sigmoid", backend),
+    )
+    factors = [[t.detach() for t in group] for group in factors]
+    bits = ops.sample(*factors[2:], *scalars[2:], *where, False, backend)
+    opcheck(ops.sample.default, (*factors[2:], *scalars[2:], *where, False, backend))
+    opcheck(ops.compose.default, (weight, *factors[:2], bits, scalars[0], torch.bfloat16, backend))
+    opcheck(
+        ops.masked_linear_backward.default,
+        (problem.dy, problem.x.detach(), weight, *factors, initial, bits, *scalars,
+         problem.g_forget, problem.g_sparse, *where, False, "relu", True, backend),
+    )  # fmt: skip
+    opcheck(ops.commit.default, (*(group[0] for group in factors), backend))
+    A16, B16, _, hard = ops.commit(*(group[0] for group in factors), backend)
+    opcheck(
+        ops.fold_.default,
+        ([weight[0].clone()], [weight[0]], [A16], [B16], [0.5], [hard], [0, 1], backend),
+    )
+
+
+def train_step(problem, backend):
+    p = problem.with_grad()
+
+    def loss(x, group, scale, tau, seed, step):
+        out = masked_linear(x, group, scale=scale, tau=tau, seed=seed, step=step, backend=backend)
+        return (out.y * problem.dy).sum() + 0.3 * out.forget.sum() + 0.1 * out.sparse.sum()
+
+    return p, loss
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_compiles_as_one_graph_and_new_steps_do_not_recompile(backend):
+    problem = make_problem([8, 6], 20, (3,))
+    p, loss = train_step(problem, backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    frames = []
+    for step in range(4):
+        scalars = (p.scale, p.tau, p.seed, torch.tensor(step))
+        expected = torch.autograd.grad(loss(p.x, p.group, *scalars), p.leaves())
+        got = torch.autograd.grad(compiled(p.x, p.group, *scalars), p.leaves())
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        frames.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert frames == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_draws_the_same_mask(backend, reentrant):
+    problem = make_problem([9], 31, (4,))
+    p, loss = train_step(problem, backend)
+    scalars = (p.scale, p.tau, p.seed, p.step)
+    plain = torch.autograd.grad(loss(p.x, p.group, *scalars), p.leaves())
+    q, _ = train_step(problem, backend)
+    value = torch.utils.checkpoint.checkpoint(
+        loss, q.x, q.group, *scalars, use_reentrant=reentrant, preserve_rng_state=False
+    )
+    value.backward()
+    for expected, leaf in zip(plain, q.leaves(), strict=True):
+        assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_follows_the_users_dtype_and_backward_ignores_it(backend, dtype):
+    problem = make_problem([8], 16, (4,))
+    p = problem.with_grad()
+    with torch.autocast("cpu", dtype=dtype):
+        out = masked_linear(p.x, p.group, **p.scalars(), backend=backend)
+        inside = torch.autograd.grad(
+            out.y.float().sum() + out.forget.sum(), p.leaves(), retain_graph=True
+        )
+    outside = torch.autograd.grad(out.y.float().sum() + out.forget.sum(), p.leaves())
+    assert out.y.dtype == dtype and out.forget.dtype == torch.float32
+    assert all(g.dtype == torch.float32 for g in inside)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+    lowered = masked_linear(p.x.to(dtype), p.group, **p.scalars(), backend=backend)
+    assert torch.equal(lowered.y, out.y) and torch.equal(lowered.bits, out.bits)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_backward_keeps_one_bit_per_weight(backend):
+    problem = make_problem([320, 320], 768, (154,)).with_grad()
+    inputs = {
+        t.untyped_storage().data_ptr() for t in problem.leaves() + list(problem.scalars().values())
+    }
+    for p in problem.group:
+        inputs |= {t.untyped_storage().data_ptr() for t in (p.weight, p.weight_init)}
+    saved = {}
+
+    def record(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
+        out = masked_linear(problem.x, problem.group, **problem.scalars(), backend=backend)
+    assert out.y.requires_grad
+    assert 8 * sum(saved.values()) <= 640 * 768
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_frozen_input_gets_no_gradient(backend):
+    problem = make_problem([5], 8, (2,))
+    p = problem.with_grad()
+    out = masked_linear(problem.x, p.group, **p.scalars(), backend=backend)
+    out.y.sum().backward()
+    assert problem.x.grad is None and p.group[0].A.grad is not None
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_threads_do_not_disturb_each_other(backend):
+    problems = [make_problem([24], 40, (6,), seed=s) for s in range(4)]
+    expected = [run(p, backend)[3] for p in problems]
+    results = {}
+
+    def work(k):
+        results[k] = run(problems[k], backend)[3]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(results[k], expected[k], strict=True))
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_strided_input_gives_the_bits_of_its_contiguous_copy(backend):
+    problem = make_problem([6], 14, (5,))
+    wide = torch.randn(14, 5)
+    p = problem.group[0]
+    strided = p._replace(A=p.A.t().contiguous().t(), V=p.V.t().contiguous().t())
+    a = masked_linear(wide.t(), strided, **problem.scalars(), backend=backend)
+    b = masked_linear(wide.t().contiguous(), p, **problem.scalars(), backend=backend)
+    assert torch.equal(a.y, b.y) and torch.equal(a.bits, b.bits)
+
+
+def test_step_counts_modulo_two_to_the_32():
+    p = make_problem([8], 40, (1,)).group[0]
+    seed = torch.tensor(3)
+    masks = [sample_mask(p, seed=seed, step=torch.tensor(t)) for t in (5, 5 + (1 << 32), 6)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
