@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refusals: what would silently lose or double an adapter raises instead."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from stamina_adapters.linear import has_foreign_forward
+from stamina_adapters.models import ModelState, find_state, pipeline_models
+
+_FUSED_NAME = re.compile(r"(^|_)q?kv(_|$)|^query_key_value$")
+_SCALE_CARRIERS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+class Refusal:
+    """Stands in for a method of an object and raises RuntimeError when it is called."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(self.message)
+
+
+class PipelineRefusal:
+    """Stands in for a pipeline's method: raises while a component refuses it, else calls it."""
+
+    def __init__(self, pipe: Any, method: str) -> None:
+        self.pipe, self.method = pipe, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for component in pipeline_models(self.pipe):
+            refusal = component.__dict__.get(self.method)
+            if isinstance(refusal, Refusal):
+                refusal()
+        return getattr(type(self.pipe), self.method)(self.pipe, *args, **kwargs)
+
+
+def refuse(owner: Any, method: str, message: str) -> None:
+    """Make `owner.method(...)` raise until `allow` is called; nothing where it has none."""
+    if callable(getattr(owner, method, None)):
+        owner.__dict__[method] = Refusal(message)
+
+
+def allow(owner: Any, *methods: str) -> None:
+    """Undo `refuse` and `guard_pipeline`."""
+    for method in methods:
+        if isinstance(owner.__dict__.get(method), Refusal | PipelineRefusal):
+            del owner.__dict__[method]
+
+
+def guard_pipeline(pipe: Any) -> None:
+    """Ask the components before the pipeline's methods do half of their work."""
+    if isinstance(pipe, nn.Module):
+        return
+    for method in ("save_pretrained", "fuse_qkv_projections"):
+        if hasattr(type(pipe), method):
+            pipe.__dict__[method] = PipelineRefusal(pipe, method)
+
+
+def release_pipeline(pipe: Any) -> None:
+    """Undo `guard_pipeline` once no component refuses anything."""
+    if isinstance(pipe, nn.Module):
+        return
+    if not any(isinstance(v, Refusal) for m in pipeline_models(pipe) for v in vars(m).values()):
+        allow(pipe, "save_pretrained", "fuse_qkv_projections")
+
+
+def _parents(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    names = {path.rpartition(".")[0] for path in paths}
+    return {name: model.get_submodule(name) for name in sorted(names)}
+
+
+def guard_live(model: nn.Module, name: str, paths: Iterable[str]) -> None:
+    """Refuse what would lose the live adapter `name`: saving and fusing its projections."""
+    refuse(
+        model,
+        "save_pretrained",
+        f"save_pretrained would lose the unfolded adapter {name!r}: call fold_stamina (or "
+        "unload_stamina) first",
+    )
+    message = (
+        f"fusing projections would drop the adapter {name!r}, which lives on them: call "
+        "fold_stamina (or unload_stamina) first"
+    )
+    refuse(model, "fuse_qkv_projections", message)
+    for parent in _parents(model, paths).values():
+        refuse(parent, "fuse_projections", message)
+
+
+def release_live(model: nn.Module, paths: Iterable[str]) -> None:
+    """Undo `guard_live`."""
+    allow(model, "save_pretrained", "fuse_qkv_projections")
+    for parent in _parents(model, paths).values():
+        allow(parent, "fuse_projections")
+
+
+def _projections_are_fused(attention: nn.Module) -> bool:
+    if not getattr(attention, "fused_projections", False):
+        return False
+    # the older attention class leaves the flag set after unfusing: there the processor tells
+    return (
+        hasattr(attention, "unfuse_projections")
+        or "Fused" in type(getattr(attention, "processor", None)).__name__
+    )
+
+
+def check_reachable(layer: Any, name: str) -> None:
+    """Raise where the layer's weight is elsewhere, or its forward has been taken over."""
+    if layer.weight.is_meta or has_foreign_forward(layer):
+        raise RuntimeError(
+            f"{name!r} is offloaded or cast layer by layer: undo that first (remove_all_hooks), "
+            "and turn it on again afterwards"
+        )
+
+
+def check_weights_in_use(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise where the weights at `paths` are not what the model computes with, or not here."""
+    paths = list(paths)
+    for name, parent in _parents(model, paths).items():
+        if _projections_are_fused(parent):
+            raise RuntimeError(
+                f"{name!r} computes with fused projections, so its to_q, to_k, to_v are not used: "
+                "call unfuse_qkv_projections first"
+            )
+    for path in paths:
+        module = model.get_submodule(path)
+        while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+            if getattr(module, "merged", False):
+                raise RuntimeError(
+                    f"a LoRA is fused into the weight of {path!r}: call unfuse_lora first"
+                )
+            module = inner
+        check_reachable(module, path)
+
+
+def check_target(path: str, layer: nn.Module) -> None:
+    """Raise where `layer` cannot take an adapter, saying which and why."""
+    leaf = path.rpartition(".")[2]
+    kind = type(layer).__name__
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        raise TypeError(f"target {path!r} is a {kind}: convolutions cannot be adapted")
+    if _FUSED_NAME.search(leaf):
+        raise TypeError(
+            f"target {path!r} is an always-fused projection ({kind}): its parts cannot be adapted"
+        )
+    if type(layer) is not nn.Linear:
+        detail = "a subclass of nn.Linear" if isinstance(layer, nn.Linear) else "not an nn.Linear"
+        raise TypeError(
+            f"target {path!r} is {kind}, {detail}: only plain nn.Linear layers can be adapted"
+        )
+
+
+def _has_peft_layers(model: nn.Module) -> bool:
+    return any(hasattr(module, "scale_layer") for module in model.modules())
+
+
+class ScaleGuard:
+    """Forward pre-hook of an adapted model: raises on an attention scale nobody would apply."""
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = find_state(model)
+        for carrier in _SCALE_CARRIERS:
+            scale = (kwargs.get(carrier) or {}).get("scale", 1.0)
+            if scale == 1.0 or state is None or not state.enabled or not state.names:
+                continue
+            # with PEFT layers and folded concepts only, the scale is meant for PEFT and applied
+            if state.live is None and _has_peft_layers(model):
+                continue
+            raise ValueError(
+                f"{carrier}={{'scale': {scale}}} does not reach STAMINA adapters "
+                f"({', '.join(state.names)}): call set_stamina_adapters(pipe, names, weights)"
+            )
+
+
+def hook_scale(model: nn.Module, state: ModelState) -> None:
+    """Install the scale guard on `model`, once."""
+    if state.scale_hook is None:
+        state.scale_hook = model.register_forward_pre_hook(ScaleGuard(), with_kwargs=True)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`StaminaLinear`: a linear layer with a live adapter, y = x (W + s M (.) (A B))^T + bias."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from stamina_adapters.config import StaminaConfig
+from stamina_adapters.masks import make_mask_generator
+from stamina_kernels import CommittedAdapter, MaskedProjection, commit, masked_linear
+
+WEIGHT_INIT = "stamina_weight_init"
+_SCALARS = ("seed", "step", "scale", "tau", "forget_weight", "sparse_weight")
+_PLAIN = ("adapter", "active", "hard")
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """What a layer knows of its adapter: `layer_id` is its 32-bit identity in the random stream."""
+
+    name: str
+    config: StaminaConfig
+    layer_id: int
+    weight_required_grad: bool
+    bias_required_grad: bool
+
+
+def keep_dtype(
+    fn: Callable[[Tensor], Tensor], cast_too: Callable[[Tensor], bool]
+) -> Callable[[Tensor], Tensor]:
+    """`fn` of `nn.Module._apply`, moving all tensors but casting only those that `cast_too` names.
+
+    Adapters train in fp32 under a 16-bit model: `model.to(torch.float16)` must not cast them.
+    """
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if moved.dtype == tensor.dtype or cast_too(tensor):
+            return moved
+        return tensor.to(moved.device)
+
+    return apply
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether something (offloading, layerwise casting) took the module's forward over."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make `module` a `cls` in place: same object, same Parameters, same hooks."""
+    if has_foreign_forward(module):
+        raise RuntimeError(f"the forward of this {type(module).__name__} was taken over")
+    # a removed hook leaves the bound method of the old class behind
+    vars(module).pop("forward", None)
+    module.__class__ = cls
+
+
+class _AttachPenalties(torch.autograd.Function):
+    """Identity on y whose backward sends the weights of the two scalars into their graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        forget: Tensor,
+        sparse: Tensor,
+        forget_weight: Tensor,
+        sparse_weight: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(forget_weight, sparse_weight)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        forget_weight, sparse_weight = ctx.saved_tensors
+        return grads[0], forget_weight.clone(), sparse_weight.clone(), None, None
+
+
+class StaminaLinear(nn.Linear):
+    """A linear layer with one live adapter.
+
+    `StaminaLinear.attach` turns an existing `nn.Linear` into one in place and `detach` turns it
+    back: the object, its Parameters, state-dict keys and hooks stay what they were.
+
+    Trainable, fp32: A [O, r] (zero at the start, so the layer computes what it did before),
+    B [r, I] and the parameters of `mask`, the generator of the mask logits. 0-dim buffers, not in
+    the state dict: seed, step (int64), scale, tau, forget_weight, sparse_weight (fp32). The two
+    weights multiply the scalars sum (S (.) D)^2 and the sparsity sum in the gradient of every
+    backward through the layer. `hard` selects M = [L > 0] instead of sampling; `active` False
+    computes the plain layer. Neither follows `train()` and `eval()`.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    mask: nn.Module
+    seed: Tensor
+    step: Tensor
+    scale: Tensor
+    tau: Tensor
+    forget_weight: Tensor
+    sparse_weight: Tensor
+    adapter: LayerAdapter
+    active: bool
+    hard: bool
+
+    @classmethod
+    def attach(
+        cls,
+        linear: nn.Linear,
+        config: StaminaConfig,
+        *,
+        adapter_name: str,
+        layer_id: int,
+        mask_seed: int,
+        init_seed: int,
+    ) -> "StaminaLinear":
+        """Give `linear` an adapter; freezes its weight and bias.
+
+        mask_seed (64 bits, signed) keys the random masks, init_seed the initial factors. Raises
+        TypeError where `linear` is not exactly an `nn.Linear`.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear must be exactly nn.Linear, got {type(linear).__name__}")
+        rows, columns = linear.weight.shape
+        device = linear.weight.device
+        generator = torch.Generator().manual_seed(init_seed)
+        mask = make_mask_generator(rows, columns, config, generator)
+        B = (torch.rand(config.r, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+        scalars = {
+            "seed": torch.tensor(mask_seed),
+            "step": torch.tensor(0),
+            "scale": torch.tensor(config.scale),
+            "tau": torch.tensor(config.tau),
+            "forget_weight": torch.tensor(0.0),
+            "sparse_weight": torch.tensor(0.0),
+        }
+        change_class(linear, cls)
+        layer = cast(StaminaLinear, linear)
+        layer.adapter = LayerAdapter(
+            name=adapter_name,
+            config=config,
+            layer_id=layer_id,
+            weight_required_grad=linear.weight.requires_grad,
+            bias_required_grad=linear.bias is not None and linear.bias.requires_grad,
+        )
+        layer.active, layer.hard = True, False
+        layer.A = nn.Parameter(torch.zeros(rows, config.r, device=device))
+        layer.B = nn.Parameter(B.to(device))
+        layer.mask = mask.to(device)
+        for name, value in scalars.items():
+            layer.register_buffer(name, value.to(device), persistent=False)
+        layer.weight.requires_grad_(False)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(False)
+        return layer
+
+    def detach(self) -> nn.Linear:
+        """Drop the adapter and become a plain `nn.Linear` again."""
+        self.weight.requires_grad_(self.adapter.weight_required_grad)
+        if self.bias is not None:
+            self.bias.requires_grad_(self.adapter.bias_required_grad)
+        for name in ("A", "B", "mask", *_SCALARS, *_PLAIN):
+            delattr(self, name)
+        change_class(self, nn.Linear)
+        return self
+
+    @property
+    def weight_init(self) -> Tensor | None:
+        """The weight before any concept, [O, I], or None where none was folded yet."""
+        return self._buffers.get(WEIGHT_INIT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        if not self.active:
+            return super().forward(x)
+        return _project_group([self], x)[0]
+
+    def projection(self) -> MaskedProjection:
+        """The layer as the operator takes it."""
+        U, V, b = self.mask()
+        return MaskedProjection(
+            self.weight, self.A, self.B, U, V, b, self.adapter.layer_id, self.bias, self.weight_init
+        )
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """density = mean M, overlap = share of M = 1 that earlier concepts changed (0 for an empty
+        mask), forget = sum (S (.) D)^2, sparse = the sparsity sum; in the mask mode as set."""
+        nothing = self.weight.new_empty(0, self.in_features)
+        output = _operator([self], nothing)
+        kept, shared = output.counts[0].tolist()
+        return {
+            "density": kept / self.weight.numel(),
+            "overlap": shared / max(kept, 1),
+            "forget": output.forget.item(),
+            "sparse": output.sparse.item(),
+        }
+
+    @torch.no_grad()
+    def commit(self) -> CommittedAdapter:
+        """The adapter at s = alpha / r: fp16 factors, bits of [L > 0]. ValueError if not finite."""
+        U, V, b = self.mask()
+        return commit(self.A, self.B, U, V, b, scale=self.adapter.config.scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        stock = (self.weight, self.bias, self.weight_init)
+        return super()._apply(keep_dtype(fn, lambda t: any(t is s for s in stock)), recurse)
+
+    def extra_repr(self) -> str:
+        config = self.adapter.config
+        return f"{super().extra_repr()}, adapter={self.adapter.name!r}, r={config.r}"
+
+
+def _operator(layers: Sequence[StaminaLinear], x: Tensor) -> Any:
+    first = layers[0]
+    return masked_linear(
+        x,
+        [layer.projection() for layer in layers],
+        scale=first.scale,
+        tau=first.tau,
+        seed=first.seed,
+        step=first.step,
+        hard=first.hard,
+        sparse_kind=first.adapter.config.sparse_kind,
+    )
+
+
+def _project_group(layers: Sequence[StaminaLinear], x: Tensor) -> tuple[Tensor, ...]:
+    output = _operator(layers, x)
+    y = _AttachPenalties.apply(
+        output.y,
+        output.forget,
+        output.sparse,
+        torch.stack([layer.forget_weight for layer in layers]),
+        torch.stack([layer.sparse_weight for layer in layers]),
+    )
+    return cast(Tensor, y).split([layer.out_features for layer in layers], dim=-1)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    # offloading brings the weights in from a hook on the layer's own forward
+    return bool(
+        hasattr(layer, "_hf_hook")
+        or hasattr(layer, "_diffusers_hook")
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+    )
+
+
+def _shares_launch(layer: nn.Module, first: nn.Module) -> bool:
+    return (
+        isinstance(layer, StaminaLinear)
+        and isinstance(first, StaminaLinear)
+        and layer.active
+        and not _has_hooks(layer)
+        and layer.adapter.name == first.adapter.name
+        and layer.hard == first.hard
+        and layer.in_features == first.in_features
+        and (layer.bias is None) == (first.bias is None)
+        and (layer.weight_init is None) == (first.weight_init is None)
+    )
+
+
+def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """[layer(x) for layer in layers], the adapted ones among them in one launch.
+
+    Layers that something else wraps, hooks or offloads are called as they are.
+    """
+    first = next((layer for layer in layers if isinstance(layer, StaminaLinear)), None)
+    together = [layer for layer in layers if first is not None and _shares_launch(layer, first)]
+    if len(together) < 2:
+        return [layer(x) for layer in layers]
+    outputs = iter(_project_group(cast(Sequence[StaminaLinear], together), x))
+    return [
+        next(outputs) if any(layer is member for member in together) else layer(x)
+        for layer in layers
+    ]

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding things in models: the adapted component, its linears, and the state kept on it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from stamina_adapters.concept import ConceptState
+from stamina_adapters.config import StaminaConfig
+from stamina_adapters.linear import StaminaLinear
+
+_STATE = "_stamina_state"
+_DENOISERS = ("unet", "transformer")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass
+class LiveAdapter:
+    """The adapter in training; `weight` multiplies its scale, `fused` holds its committed values
+    while they are in the model's weights."""
+
+    name: str
+    config: StaminaConfig
+    layers: dict[str, StaminaLinear]
+    weight: float = 1.0
+    fused: ConceptState | None = None
+
+
+@dataclass
+class FoldedConcept:
+    """A concept of the stack; `weight` multiplies its scale, 0 leaves it out."""
+
+    state: ConceptState
+    weight: float = 1.0
+
+
+@dataclass
+class ModelState:
+    """All that is kept on an adapted model, besides the layers' own tensors."""
+
+    live: LiveAdapter | None = None
+    folded: list[FoldedConcept] = field(default_factory=list)
+    enabled: bool = True
+    scale_hook: RemovableHandle | None = None
+    replaced_processors: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Concepts in ascending order, the live one last."""
+        live = [] if self.live is None else [self.live.name]
+        return [concept.state.name for concept in self.folded] + live
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and data-parallel wrappers."""
+    while True:
+        if hasattr(module, "_orig_mod"):
+            module = module._orig_mod  # type: ignore[assignment]
+        elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        else:
+            return module
+
+
+def _components(pipe: Any, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+    for name in names:
+        component = getattr(pipe, name, None)
+        if isinstance(component, nn.Module):
+            yield name, unwrap(component)
+
+
+def adapted_model(pipe_or_module: Any) -> nn.Module:
+    """The model that adapters live in: the module itself, or a pipeline's denoiser."""
+    if isinstance(pipe_or_module, nn.Module):
+        return unwrap(pipe_or_module)
+    for _, denoiser in _components(pipe_or_module, _DENOISERS):
+        return denoiser
+    raise TypeError(
+        "pipe_or_module must be an nn.Module or a pipeline with a "
+        f"{' or a '.join(_DENOISERS)}, got {type(pipe_or_module).__name__}"
+    )
+
+
+def text_encoders(pipe_or_module: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(component name, text encoder) of a pipeline; none for a plain module."""
+    if not isinstance(pipe_or_module, nn.Module):
+        yield from _components(pipe_or_module, _TEXT_ENCODERS)
+
+
+def pipeline_models(pipe: Any) -> list[nn.Module]:
+    """The models of a pipeline that this library changes: denoiser and text encoders."""
+    return [model for _, model in _components(pipe, _DENOISERS + _TEXT_ENCODERS)]
+
+
+def find_state(model: nn.Module) -> ModelState | None:
+    """The state kept on `model`, None where it was never adapted."""
+    return model.__dict__.get(_STATE)
+
+
+def keep_state(model: nn.Module, state: ModelState) -> None:
+    """Keep `state` on `model`."""
+    model.__dict__[_STATE] = state
+
+
+def drop_state(model: nn.Module) -> None:
+    """Forget the state kept on `model`."""
+    model.__dict__.pop(_STATE, None)
+
+
+def require_live(model: nn.Module, action: str) -> tuple[ModelState, LiveAdapter]:
+    """The model's state and live adapter; raises RuntimeError where there is none."""
+    state = find_state(model)
+    if state is None or state.live is None:
+        folded = [] if state is None else state.names
+        hint = f" (already folded: {', '.join(folded)})" if folded else ""
+        raise RuntimeError(f"{action} needs a live adapter: call apply_stamina first{hint}")
+    return state, state.live
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer under PEFT's wrappers."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def layer_at(model: nn.Module, path: str) -> nn.Module:
+    """The layer at a stock module path, whatever PEFT wrapped around it. KeyError if absent."""
+    try:
+        return base_layer(model.get_submodule(path))
+    except AttributeError:
+        raise KeyError(f"the model has no module {path!r}") from None
+
+
+def stamina_layers(pipe_or_module: Any) -> dict[str, StaminaLinear]:
+    """Layers with a live adapter: by stock path for the adapted model, by own path for a part."""
+    model = adapted_model(pipe_or_module)
+    state = find_state(model)
+    if state is not None and state.live is not None:
+        return state.live.layers
+    return {p: m for p, m in model.named_modules() if isinstance(m, StaminaLinear)}

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention processor that computes the projections which share an input in one launch."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from stamina_adapters.linear import project_together
+from stamina_adapters.models import ModelState, adapted_model, find_state, keep_state
+
+
+class StaminaAttnProcessor2_0:
+    """`AttnProcessor2_0` of diffusers, with K and V (self-attention: Q, K and V) in one launch.
+
+    Holds no weights: losing it loses speed, never an adapter. Layers that are not `StaminaLinear`
+    are called as they are. For the `Attention` class of diffusers' UNets.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        spatial = hidden_states.shape[2:] if hidden_states.ndim == 4 else None
+        if spatial is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        batch, length, _ = source.shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        query, key, value = self._project(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (
+            t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value)
+        )
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+
+        hidden_states = attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[1](hidden_states)
+        if spatial is not None:
+            hidden_states = hidden_states.transpose(1, 2).unflatten(2, spatial)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    @staticmethod
+    def _project(attn: Any, hidden_states: Tensor, encoded: Tensor | None) -> list[Tensor]:
+        if encoded is None:
+            return project_together([attn.to_q, attn.to_k, attn.to_v], hidden_states)
+        if attn.norm_cross:
+            encoded = attn.norm_encoder_hidden_states(encoded)
+        query = attn.to_q(hidden_states)
+        return [query, *project_together([attn.to_k, attn.to_v], encoded)]
+
+
+def set_stamina_attn_processor(pipe_or_unet: Any) -> list[str]:
+    """Put `StaminaAttnProcessor2_0` where diffusers' default processor is; returns those names.
+
+    Other processors (IP-Adapter, xFormers, slicing) stay: adapters work under them, one launch per
+    layer. `unload_stamina` puts the default back. Raises TypeError for a model without processors,
+    ValueError where none of them is the default.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    model: Any = adapted_model(pipe_or_unet)
+    if not hasattr(model, "attn_processors"):
+        raise TypeError(f"{type(model).__name__} has no attention processors")
+    processors = model.attn_processors
+    replaced = {k: p for k, p in processors.items() if type(p) is AttnProcessor2_0}
+    if not replaced:
+        kinds = sorted({type(p).__name__ for p in processors.values()})
+        raise ValueError(f"no processor is AttnProcessor2_0, there are only {', '.join(kinds)}")
+    processor = StaminaAttnProcessor2_0()
+    model.set_attn_processor({k: processor if k in replaced else p for k, p in processors.items()})
+    state = find_state(model) or ModelState()
+    state.replaced_processors.update(replaced)
+    keep_state(model, state)
+    return list(replaced)
+
+
+def restore_processors(model: Any, state: ModelState) -> None:
+    """Undo `set_stamina_attn_processor` where its processors are still in place."""
+    if state.replaced_processors:
+        processors = {
+            name: state.replaced_processors.get(name, processor)
+            if isinstance(processor, StaminaAttnProcessor2_0)
+            else processor
+            for name, processor in model.attn_processors.items()
+        }
+        model.set_attn_processor(processors)
+        state.replaced_processors.clear()

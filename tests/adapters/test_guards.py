@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would lose or double an adapter in silence raises, and leaves everything as it was."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from stamina_adapters import (
+    StaminaLinear,
+    add_custom_token,
+    apply_stamina,
+    fold_custom_token,
+    fold_stamina,
+    get_list_stamina,
+    set_stamina_adapters,
+    unfold_stamina,
+    unload_stamina,
+)
+
+
+@pytest.mark.parametrize("part", ["pipe", "unet"])
+def test_save_pretrained_with_an_unfolded_adapter(pipe, learn, tmp_path, part):
+    learn(pipe)
+    owner = pipe if part == "pipe" else pipe.unet
+    with pytest.raises(RuntimeError, match="would lose the unfolded adapter 'c0'"):
+        owner.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    fold_stamina(pipe)
+    owner.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["pipe", "text_encoder"])
+def test_save_pretrained_with_an_unfolded_token(pipe, tmp_path, part):
+    add_custom_token(pipe, "<v1>")
+    owner = pipe if part == "pipe" else pipe.text_encoder
+    with pytest.raises(RuntimeError, match="would lose the unfolded token '<v1>'"):
+        owner.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    fold_custom_token(pipe, "<v1>")
+    owner.save_pretrained(tmp_path / "out")
+
+
+def test_stock_diffusers_reloads_a_folded_pipeline(pipe, learn, render, tmp_path):
+    for name in ("c0", "c1"):
+        learn(pipe, name)
+        add_custom_token(pipe, f"<{name}>")
+        fold_stamina(pipe)
+    pipe.save_pretrained(tmp_path)
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    for prompt in ("a <c0> and a <c1>", "a face"):
+        assert torch.equal(render(stock, prompt), render(pipe, prompt))
+
+
+def test_fusing_projections_later_raises(pipe, learn, render):
+    paths = learn(pipe)
+    attention = pipe.unet.get_submodule(paths[0].rpartition(".")[0])
+    for owner in (pipe.unet, attention):
+        fuse = owner.fuse_qkv_projections if owner is pipe.unet else owner.fuse_projections
+        with pytest.raises(RuntimeError, match="would drop the adapter 'c0'"):
+            fuse()
+    assert not any(getattr(m, "fused_projections", False) for m in pipe.unet.modules())
+    unload_stamina(pipe)
+    pipe.unet.fuse_qkv_projections()
+
+
+def test_fused_projections_present(pipe, learn, snapshot, assert_same):
+    learn(pipe)
+    fold_stamina(pipe)
+    pipe.unet.fuse_qkv_projections()
+    before = snapshot(pipe)
+    for call in (lambda: learn(pipe, "c1"), lambda: unfold_stamina(pipe, "c0")):
+        with pytest.raises(RuntimeError, match="computes with fused projections"):
+            call()
+        assert_same(before, snapshot(pipe))
+    assert get_list_stamina(pipe)["c0"].weight == 1.0
+    pipe.unet.unfuse_qkv_projections()
+    learn(pipe, "c1")
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_attention_scale_is_never_ignored(pipe, learn, render, folded):
+    learn(pipe)
+    if folded:
+        fold_stamina(pipe)
+    with pytest.raises(ValueError, match=r"'scale': 0.5\} does not reach STAMINA adapters \(c0\)"):
+        render(pipe, cross_attention_kwargs={"scale": 0.5})
+    full = render(pipe, cross_attention_kwargs={"scale": 1.0})
+    set_stamina_adapters(pipe, "c0", 0.5)
+    assert not torch.equal(render(pipe), full)
+    unload_stamina(pipe)
+    render(pipe, cross_attention_kwargs={"scale": 0.5})
+
+
+def test_attention_scale_reaches_a_lora_on_folded_concepts(pipe, learn, render):
+    learn(pipe)
+    fold_stamina(pipe)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    scaled = render(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert not torch.equal(scaled, render(pipe))
+
+
+def test_a_fused_lora_blocks_folding(pipe, learn, snapshot, assert_same):
+    learn(pipe)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    pipe.unet.fuse_lora()
+    before = snapshot(pipe)
+    with pytest.raises(RuntimeError, match="LoRA is fused into the weight of .*to_k"):
+        fold_stamina(pipe)
+    assert_same(before, snapshot(pipe))
+    pipe.unet.unfuse_lora()
+    fold_stamina(pipe)
+
+
+def test_trainable_base_weights_raise(pipe, learn):
+    learn(pipe)
+    pipe.unet.requires_grad_(True)
+    with pytest.raises(ValueError, match="requires_grad"):
+        pipe.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 7, 40))
+
+
+def test_copies_and_pickles_are_independent(pipe, learn):
+    paths = learn(pipe)
+    other = copy.deepcopy(pipe.unet)
+    again = pickle.loads(pickle.dumps(pipe.unet.get_submodule(paths[0])))
+    assert isinstance(again, StaminaLinear)
+    concept = fold_stamina(other)
+    assert list(concept.layers) == paths
+    assert isinstance(pipe.unet.get_submodule(paths[0]), StaminaLinear)
+    with pytest.raises(RuntimeError, match="'c0' is live"):
+        apply_stamina(pipe, adapter_name="c1")
+    other.fuse_qkv_projections()

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaching and detaching, the setters, and what attaching refuses."""
+
+import hashlib
+
+import pytest
+import torch
+from stamina_adapters import (
+    StaminaConfig,
+    StaminaLinear,
+    apply_stamina,
+    fold_stamina,
+    inject,
+    set_stamina_attn_processor,
+    set_stamina_mask_mode,
+    set_stamina_penalties,
+    set_stamina_step,
+    stamina_eval,
+    stamina_parameters,
+    stamina_statistics,
+    unload_stamina,
+)
+from torch import nn
+
+
+def test_attach_and_detach_leave_the_pipeline_as_it_was(pipe, render, snapshot, assert_same):
+    before, image = snapshot(pipe), render(pipe)
+    state = torch.get_rng_state()
+    paths = apply_stamina(pipe, StaminaConfig(r=4))
+    set_stamina_attn_processor(pipe)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(render(pipe), image)
+    assert paths and all(p.endswith(("attn2.to_k", "attn2.to_v")) for p in paths)
+    found = [p for p, m in pipe.unet.named_modules() if isinstance(m, StaminaLinear)]
+    assert sorted(found) == sorted(paths)
+    unload_stamina(pipe)
+    assert_same(before, snapshot(pipe))
+    assert torch.equal(render(pipe), image)
+
+
+def test_layer_ids_and_seeds_follow_the_contract(pipe):
+    paths = apply_stamina(pipe, StaminaConfig(r=2), "mask")
+    layer = pipe.unet.get_submodule(paths[0])
+    digest = hashlib.sha256(f"mask/{paths[0]}".encode()).digest()
+    assert layer.adapter.layer_id == int.from_bytes(digest[:4], "big")
+    seeds = {pipe.unet.get_submodule(p).seed.item() for p in paths}
+    unload_stamina(pipe)
+    apply_stamina(pipe, StaminaConfig(r=2), "other")
+    assert len(seeds) == 1 and layer.seed.item() not in seeds
+
+
+def test_full_path_and_module_targets(pipe):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    config = StaminaConfig(target_modules=(name, "attn1.to_q"))
+    paths = apply_stamina(pipe.unet, config)
+    assert name in paths and sum(p.endswith("attn1.to_q") for p in paths) == len(paths) - 1
+    # a suffix is whole components: "to_k" must not match "not_to_k"
+    model = nn.ModuleDict({"not_to_k": nn.Linear(4, 4), "to_k": nn.Linear(4, 4)})
+    assert apply_stamina(model, StaminaConfig(target_modules=("to_k",))) == ["to_k"]
+
+
+@pytest.mark.parametrize(
+    "targets, error, message",
+    [
+        (("attn3.to_k",), ValueError, "no module of UNet2DConditionModel .* 'attn3.to_k'"),
+        (("attn2.to_k", "to_x"), ValueError, "'to_x'"),
+        (("conv_in",), TypeError, "'conv_in' is a Conv2d: convolutions cannot be adapted"),
+        (("norm2",), TypeError, "is LayerNorm, not an nn.Linear"),
+    ],
+)
+def test_targets_that_cannot_be_served(pipe, snapshot, assert_same, targets, error, message):
+    before = snapshot(pipe)
+    with pytest.raises(error, match=message):
+        apply_stamina(pipe, StaminaConfig(target_modules=targets))
+    assert_same(before, snapshot(pipe))
+
+
+@pytest.mark.parametrize("name", ["to_qkv", "to_kv", "qkv", "to_qkv_mlp_proj", "query_key_value"])
+def test_always_fused_projections_raise_by_name(name):
+    model = nn.ModuleDict({name: nn.Linear(4, 12)})
+    with pytest.raises(TypeError, match=f"'{name}' is an always-fused projection"):
+        apply_stamina(model, StaminaConfig(target_modules=(name,)))
+
+
+def test_subclasses_of_linear_raise_by_name():
+    class Linear4bit(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"to_k": Linear4bit(4, 4), "to_v": nn.Linear(4, 4)})
+    with pytest.raises(TypeError, match="'to_k' is Linear4bit, a subclass of nn.Linear"):
+        apply_stamina(model, StaminaConfig(target_modules=("to_k", "to_v")))
+    assert type(model["to_v"]) is nn.Linear
+
+
+def test_names(pipe, learn):
+    for name in ("", "a/b"):
+        with pytest.raises(ValueError, match="adapter_name must be"):
+            apply_stamina(pipe, adapter_name=name)
+    learn(pipe, "c0")
+    with pytest.raises(RuntimeError, match="'c0' is live"):
+        apply_stamina(pipe, adapter_name="c1")
+    fold_stamina(pipe)
+    with pytest.raises(ValueError, match="'c0' is taken"):
+        apply_stamina(pipe, adapter_name="c0")
+
+
+def test_layer_id_collisions_raise(pipe, monkeypatch):
+    monkeypatch.setattr(inject, "layer_id", lambda name, path: 5)
+    with pytest.raises(ValueError, match="share a layer id"):
+        apply_stamina(pipe)
+    assert not any(isinstance(m, StaminaLinear) for m in pipe.unet.modules())
+
+
+def test_wrapped_models_are_looked_into(learn):
+    model = nn.Sequential(nn.Linear(4, 4))
+    compiled = torch.compile(nn.DataParallel(model))
+    assert learn(compiled, target_modules=("0",)) == ["0"]
+    assert isinstance(model[0], StaminaLinear)
+    set_stamina_step(compiled, 2)
+    fold_stamina(model)
+
+
+def test_not_a_model():
+    with pytest.raises(TypeError, match="nn.Module or a pipeline"):
+        apply_stamina(object())
+
+
+def test_parameters_are_all_of_them_and_fp32(pipe):
+    pipe.unet.requires_grad_(False)
+    pipe.to(torch.bfloat16)
+    apply_stamina(pipe, StaminaConfig(r=4))
+    groups = stamina_parameters(pipe)
+    trainable = {id(p) for p in pipe.unet.parameters() if p.requires_grad}
+    assert {id(p) for group in groups.values() for p in group} == trainable
+    assert all(p.dtype == torch.float32 for group in groups.values() for p in group)
+    assert len(groups["factors"]) == 16 and groups["mask"] and not groups["token"]
+
+
+def test_setters(pipe, learn):
+    paths = learn(pipe)
+    layers = [pipe.unet.get_submodule(p) for p in paths]
+    set_stamina_step(pipe, 2**32 + 3)
+    set_stamina_penalties(pipe, forget=0.5)
+    set_stamina_penalties(layers[0], sparse=2.0)
+    assert all(m.step.item() == 2**32 + 3 and m.forget_weight.item() == 0.5 for m in layers)
+    assert [m.sparse_weight.item() for m in layers] == [2.0] + [0.0] * (len(layers) - 1)
+    set_stamina_mask_mode(layers[1], "hard")
+    with stamina_eval(pipe):
+        assert all(m.hard for m in layers)
+    assert [m.hard for m in layers] == [False, True] + [False] * (len(layers) - 2)
+
+
+def test_eval_restores_after_an_error(pipe, learn):
+    paths = learn(pipe)
+    with pytest.raises(KeyError), stamina_eval(pipe):
+        raise KeyError
+    assert not pipe.unet.get_submodule(paths[0]).hard
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda p: set_stamina_step(p, -1), ValueError, "step must be in"),
+        (lambda p: set_stamina_step(p, 1.5), TypeError, "step must be an int, got float"),
+        (lambda p: set_stamina_penalties(p, forget=float("nan")), ValueError, "forget must be fin"),
+        (lambda p: set_stamina_penalties(p, sparse=float("inf")), ValueError, "sparse must be fin"),
+        (lambda p: set_stamina_mask_mode(p, "soft"), ValueError, "mode must be 'sample' or 'hard'"),
+    ],
+)
+def test_setters_refuse(pipe, learn, call, error, message):
+    learn(pipe)
+    with pytest.raises(error, match=message):
+        call(pipe)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p: set_stamina_step(p, 1),
+        lambda p: set_stamina_penalties(p, forget=1.0),
+        lambda p: set_stamina_mask_mode(p, "hard"),
+        stamina_statistics,
+        fold_stamina,
+    ],
+)
+def test_without_an_adapter_they_raise(pipe, call):
+    with pytest.raises(RuntimeError, match="needs a live adapter"):
+        call(pipe)
+
+
+def test_statistics_of_every_layer(pipe, learn):
+    paths = learn(pipe)
+    with stamina_eval(pipe):
+        statistics = stamina_statistics(pipe)
+    assert list(statistics) == paths
+    for values in statistics.values():
+        assert 0.02 < values["density"] < 0.98 and values["overlap"] == values["forget"] == 0.0
+    fold_stamina(pipe)
+    learn(pipe, "c1")
+    assert all(v["overlap"] > 0 and v["forget"] > 0 for v in stamina_statistics(pipe).values())

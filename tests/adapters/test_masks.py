@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask generators: size, statistics at the start, precision."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from stamina_adapters import StaminaConfig
+from stamina_adapters.masks import make_mask_generator
+from torch import nn
+
+GENERATORS = ("embedding_mlp", "constant_mlp", "free")
+
+
+def make(kind, rows=96, columns=128, seed=0, **settings):
+    config = StaminaConfig(mask_generator=kind, **settings)
+    return make_mask_generator(rows, columns, config, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("rows, columns, rank", [(320, 768, 16), (31, 257, 7), (128, 64, 76)])
+def test_parameter_budget_and_shapes(kind, rows, columns, rank):
+    module = make(kind, rows, columns, mask_rank=rank)
+    assert sum(p.numel() for p in module.parameters()) <= 2 * (rows + columns) * rank + 10_000
+    U, V, b = module()
+    assert (U.shape, V.shape, b.shape) == ((rows, rank), (rank, columns), ())
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.parametrize("density", [0.3, 0.7])
+@pytest.mark.parametrize("std", [0.5, 2.0])
+def test_logits_at_the_start(kind, density, std):
+    U, V, b = make(kind, density_init=density, logit_std=std, mask_rank=24)()
+    product = (U @ V).double()
+    # 96 + 128 factor rows of rank 24: the spread of the sample deviation is about 5%
+    assert product.std().item() == pytest.approx(std, rel=0.15)
+    assert abs(product.mean().item()) < 0.1 * std
+    assert b.item() == pytest.approx(math.log(density / (1 - density)), rel=1e-6)
+    kept = (product + b > 0).double().mean().item()
+    gaussian = 0.5 * (1 + math.erf(b.item() / std / math.sqrt(2)))
+    assert kept == pytest.approx(gaussian, abs=0.06)
+    assert 0.02 < kept < 0.98
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_fp32_under_autocast_and_every_parameter_learns(kind):
+    module = make(kind)
+    plain = module()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = module()
+    assert all(
+        torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(plain, cast, strict=True)
+    )
+    (plain[0].square().sum() + plain[1].square().sum() + plain[2]).backward()
+    assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_seeded_without_the_global_stream_and_without_linears(kind):
+    state = torch.get_rng_state()
+    first, same, other = make(kind), make(kind), make(kind, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first(), same(), strict=True))
+    assert not torch.equal(first()[0], other()[0])
+    assert not any(isinstance(m, nn.Linear) for m in first.modules())
+
+
+def test_single_row_stays_finite():
+    assert all(t.isfinite().all() for t in make("embedding_mlp", rows=1)())
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("r", 0),
+        ("alpha", -1.0),
+        ("mask_rank", 257),
+        ("target_modules", ()),
+        ("mask_generator", "dense"),
+        ("density_init", 1.0),
+        ("tau", 0.0),
+        ("sparse_kind", "l0"),
+        ("seed", -1),
+        ("rank", 4),
+    ],
+)
+def test_config_refuses(field, value):
+    with pytest.raises(ValidationError, match=field):
+        StaminaConfig(**{field: value})
+
+
+def test_config_scale_and_frozen():
+    assert StaminaConfig(r=8).scale == 1.0
+    assert StaminaConfig(r=8, alpha=4).scale == 0.5
+    with pytest.raises(ValidationError, match="frozen"):
+        StaminaConfig().r = 3

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StaminaAttnProcessor2_0: the same numbers as the default processor, whatever the layers are."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
+from stamina_adapters import (
+    StaminaAttnProcessor2_0,
+    fold_stamina,
+    set_stamina_attn_processor,
+    set_stamina_mask_mode,
+    unload_stamina,
+)
+from torch import nn
+
+
+def attention(**settings):
+    torch.manual_seed(0)
+    return Attention(query_dim=24, heads=3, dim_head=8, bias=True, **settings).eval()
+
+
+CASES = {
+    "self": ({}, False, False, False),
+    "cross": ({"cross_attention_dim": 20}, True, False, False),
+    "cross with mask": ({"cross_attention_dim": 20}, True, True, False),
+    "normalised encoder": (
+        {"cross_attention_dim": 20, "cross_attention_norm": "layer_norm"},
+        True,
+        False,
+        False,
+    ),
+    "normalised q and k": ({"qk_norm": "layer_norm"}, False, False, False),
+    "image, group norm, residual, rescaled": (
+        {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 1.7},
+        False,
+        False,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("case", CASES)
+def test_same_as_the_default_processor(case, adapted, learn):
+    settings, cross, masked, image = CASES[case]
+    attn = attention(**settings)
+    if adapted:
+        learn(attn, target_modules=("to_k", "to_v") if cross else ("to_q", "to_k", "to_v"))
+    hidden = torch.randn(2, 24, 3, 4) if image else torch.randn(2, 12, 24)
+    encoded = torch.randn(2, 7, 20) if cross else None
+    mask = torch.zeros(2, 1, 7) if masked else None
+    if masked:
+        mask[1, :, 3:] = -10000.0
+    attn.set_processor(AttnProcessor2_0())
+    expected = attn(hidden, encoded, attention_mask=mask)
+    attn.set_processor(StaminaAttnProcessor2_0())
+    got = attn(hidden, encoded, attention_mask=mask)
+    # only the projections' GEMM may add in another order: 24 fp32 terms of size one
+    torch.testing.assert_close(got, expected, rtol=0, atol=24 * 2**-23)
+    if not adapted:
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("targets", [("attn2.to_k", "attn2.to_v"), ("attn1.to_q", "attn1.to_v")])
+def test_one_launch_for_the_projections_that_share_an_input(pipe, learn, monkeypatch, targets):
+    learn(pipe, target_modules=targets)
+    set_stamina_attn_processor(pipe)
+    sizes = []
+    original = torch.ops.stamina.masked_linear
+
+    def counting(x, weight, *rest):
+        sizes.append(len(weight))
+        return original(x, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.stamina, "masked_linear", counting)
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 40)
+    pipe.unet(latents, 5, text)
+    assert sizes == [2] * 4
+
+
+def test_gradients_are_those_of_separate_launches(pipe, learn):
+    from stamina_adapters import set_stamina_penalties, stamina_parameters
+
+    learn(pipe)
+    fold_stamina(pipe)
+    learn(pipe, "c1")
+    set_stamina_penalties(pipe, forget=0.5, sparse=0.01)
+    parameters = [p for group in stamina_parameters(pipe).values() for p in group]
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 40)
+
+    def gradients():
+        return torch.autograd.grad(pipe.unet(latents, 5, text).sample.square().sum(), parameters)
+
+    separate = gradients()
+    set_stamina_attn_processor(pipe)
+    for got, want in zip(gradients(), separate, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_setting_keeps_other_processors_and_unloading_restores(pipe, learn, render):
+    names = list(pipe.unet.attn_processors)
+    originals = dict(pipe.unet.attn_processors)
+    sliced = SlicedAttnProcessor(1)
+    pipe.unet.set_attn_processor({**originals, names[0]: sliced})
+    assert set(set_stamina_attn_processor(pipe)) == set(names[1:])
+    now = pipe.unet.attn_processors
+    assert now[names[0]] is sliced
+    assert all(type(now[name]) is StaminaAttnProcessor2_0 for name in names[1:])
+    learn(pipe)
+    unload_stamina(pipe)
+    after = pipe.unet.attn_processors
+    assert after[names[0]] is sliced
+    assert all(after[name] is originals[name] for name in names[1:])
+
+
+def test_losing_the_processor_loses_no_weights(pipe, learn, render):
+    learn(pipe)
+    set_stamina_mask_mode(pipe, "hard")
+    set_stamina_attn_processor(pipe)
+    image = render(pipe)
+    pipe.enable_attention_slicing(1)
+    # slicing computes the attention itself in another order
+    torch.testing.assert_close(render(pipe), image, rtol=0, atol=1e-4)
+
+
+def test_refuses_models_without_default_processors(pipe):
+    with pytest.raises(TypeError, match="Linear has no attention processors"):
+        set_stamina_attn_processor(nn.Linear(2, 2))
+    set_stamina_attn_processor(pipe)
+    with pytest.raises(ValueError, match="only StaminaAttnProcessor2_0"):
+        set_stamina_attn_processor(pipe)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Custom tokens: vocabulary, table, gradients, folding, removal."""
+
+import pytest
+import torch
+from stamina_adapters import (
+    TokenConfig,
+    add_custom_token,
+    fold_custom_token,
+    fold_stamina,
+    remove_custom_token,
+    stamina_parameters,
+    unload_stamina,
+)
+from torch import nn
+
+
+def encode(pipe, prompt):
+    ids = pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+    return pipe.text_encoder(ids)[0]
+
+
+def table(pipe):
+    return pipe.text_encoder.get_input_embeddings()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "direct"])
+def test_live_token_feeds_the_encoder_and_never_the_table(pipe, kind):
+    rows = table(pipe).weight.detach().clone()
+    plain = encode(pipe, "a photo of a face")
+    state = torch.get_rng_state()
+    module = add_custom_token(pipe, "<v1>", TokenConfig(generator=kind))
+    assert torch.equal(state, torch.get_rng_state())
+    assert module().norm().item() == pytest.approx(rows.norm(dim=1).mean().item(), rel=1e-5)
+    assert torch.equal(encode(pipe, "a photo of a face"), plain)
+    assert torch.equal(table(pipe).weight[:-1], rows)
+    assert pipe.tokenizer.encode("<v1>", add_special_tokens=False) == [len(rows)]
+
+    stored = table(pipe).weight.detach().clone()
+    table(pipe).weight.requires_grad_(False)
+    before = encode(pipe, "a photo of <v1>")
+    before.square().sum().backward()
+    parameters = stamina_parameters(pipe)["token"]
+    assert {id(p) for p in parameters} == {id(p) for p in module.parameters()}
+    assert all(p.grad.abs().sum() > 0 for p in parameters)
+    with torch.no_grad():
+        for p in parameters:
+            p += 0.1
+    assert not torch.equal(encode(pipe, "a photo of <v1>"), before)
+    assert torch.equal(table(pipe).weight, stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folding_writes_what_was_live(pipe, dtype):
+    pipe.text_encoder.to(dtype)
+    module = add_custom_token(pipe, "<v1>")
+    pipe.text_encoder.to(dtype)
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+    live = encode(pipe, "a <v1>")
+    fold_custom_token(pipe, "<v1>")
+    assert type(table(pipe)) is nn.Embedding and table(pipe).weight.dtype == dtype
+    assert torch.equal(encode(pipe, "a <v1>"), live)
+    assert torch.equal(table(pipe).weight[-1], module().to(dtype))
+    assert not stamina_parameters(pipe)["token"]
+    with pytest.raises(ValueError, match="'<v1>' is not live"):
+        fold_custom_token(pipe, "<v1>")
+
+
+def test_autocast_leaves_the_vector_alone(pipe):
+    module = add_custom_token(pipe, "<v1>")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(), add_vector := module()) and add_vector.dtype == torch.float32
+    assert torch.equal(module(), add_vector)
+
+
+def test_removal_restores_tokenizer_and_table(pipe, snapshot, assert_same):
+    before = snapshot(pipe)
+    tokenizer, ids = pipe.tokenizer, pipe.tokenizer("a <v1> <v2>").input_ids
+    add_custom_token(pipe, "<v1>")
+    add_custom_token(pipe, "<v2>")
+    second = encode(pipe, "a <v2>")
+    remove_custom_token(pipe, "<v1>")
+    assert "<v1>" not in pipe.tokenizer.get_vocab()
+    assert torch.equal(encode(pipe, "a <v2>"), second)
+    remove_custom_token(pipe, "<v2>")
+    assert_same(before, snapshot(pipe))
+    assert pipe.tokenizer is tokenizer and tokenizer("a <v1> <v2>").input_ids == ids
+
+
+def test_unloading_takes_live_and_folded_tokens_out(pipe, learn, snapshot, assert_same):
+    before = snapshot(pipe)
+    learn(pipe)
+    add_custom_token(pipe, "<v1>")
+    concept = fold_stamina(pipe)
+    assert list(concept.tokens["text_encoder"]) == ["<v1>"]
+    add_custom_token(pipe, "<v2>")
+    unload_stamina(pipe)
+    assert_same(before, snapshot(pipe))
+
+
+def test_spare_rows_of_the_table_are_used_and_restored(pipe):
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer) + 3, mean_resizing=False)
+    rows = table(pipe).weight.detach().clone()
+    add_custom_token(pipe, "<v1>")
+    assert table(pipe).weight.shape == rows.shape
+    remove_custom_token(pipe, "<v1>")
+    assert torch.equal(table(pipe).weight, rows)
+
+
+@pytest.mark.parametrize(
+    "token, message",
+    [
+        ("a", "'a' is already in the vocabulary of 'text_encoder'"),
+        ("<|endoftext|>", "already in the vocabulary"),
+        ("<v1>", "'<v1>' is already in the vocabulary"),
+        ("two words", "without white space"),
+        ("", "without white space"),
+    ],
+)
+def test_tokens_that_cannot_be_added(pipe, snapshot, assert_same, token, message):
+    add_custom_token(pipe, "<v1>")
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=message):
+        add_custom_token(pipe, token)
+    assert_same(before, snapshot(pipe))
+
+
+def test_not_finite_vectors_change_nothing(pipe, learn, snapshot, assert_same):
+    learn(pipe)
+    module = add_custom_token(pipe, "<v1>")
+    with torch.no_grad():
+        module.bias2.fill_(1.0)
+        module.bias2[0] = float("inf")
+    before = snapshot(pipe)
+    for fold in (lambda: fold_custom_token(pipe, "<v1>"), lambda: fold_stamina(pipe)):
+        with pytest.raises(ValueError, match="vector of token '<v1>' is not finite"):
+            fold()
+        assert_same(before, snapshot(pipe))
+
+
+def test_other_errors(pipe):
+    with pytest.raises(TypeError, match="no 'text_encoder_2' with a tokenizer"):
+        add_custom_token(pipe, "<v1>", text_encoder="text_encoder_2")
+    with pytest.raises(ValueError, match="'<v1>' is not a custom token"):
+        remove_custom_token(pipe, "<v1>")
+    add_custom_token(pipe, "<v1>")
+    pipe.tokenizer.add_tokens("<theirs>")
+    with pytest.raises(RuntimeError, match="something else added tokens"):
+        remove_custom_token(pipe, "<v1>")
