@@ -286,6 +286,20 @@ def _non_finite(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
+def commit_factors(
+    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A16, B16 and exponent of `commit`, after its check that every factor is finite."""
+    for name, factor in (("U", U), ("V", V), ("b", b)):
+        if not torch.isfinite(factor).all():
+            raise ValueError(
+                f"commit: {name} must be finite, got {_non_finite(factor)} non-finite values"
+            )
+    A16, ea = _half_with_exponent("A", A)
+    B16, eb = _half_with_exponent("B", B)
+    return A16, B16, torch.tensor([ea, eb], dtype=torch.int32, device=A.device)
+
+
 def commit(
     A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -294,18 +308,19 @@ def commit(
     Returns A16 = fp16(A 2^-ea), B16 = fp16(B 2^-eb), exponent int32 [2] = (ea, eb) with
     max|A| 2^-ea in [1/2, 1), and bits. Raises ValueError where a factor is not finite.
     """
-    for name, factor in (("U", U), ("V", V), ("b", b)):
-        if not torch.isfinite(factor).all():
-            raise ValueError(
-                f"commit: {name} must be finite, got {_non_finite(factor)} non-finite values"
-            )
-    A16, ea = _half_with_exponent("A", A)
-    B16, eb = _half_with_exponent("B", B)
-    exponent = torch.tensor([ea, eb], dtype=torch.int32, device=A.device)
+    A16, B16, exponent = commit_factors(A, B, U, V, b)
     bits = [
         pack_bits(mask_logits(U[rows], V, b) > 0) for rows in _row_blocks(U.shape[0], V.shape[1])
     ]
     return A16, B16, exponent, torch.cat(bits)
+
+
+def fold_overflow(layer: int, dtype: torch.dtype) -> OverflowError:
+    """What `fold_` raises after restoring every weight."""
+    return OverflowError(
+        f"fold: layer {layer} overflows {dtype}; "
+        "all weights of the call were restored to weight_init"
+    )
 
 
 def fold_(
@@ -341,7 +356,4 @@ def fold_(
         return
     for W, initial in zip(weight, weight_init, strict=True):
         W.copy_(initial)
-    raise OverflowError(
-        f"fold: layer {overflowed} overflows {weight[overflowed].dtype}; "
-        "all weights of the call were restored to weight_init"
-    )
+    raise fold_overflow(overflowed, weight[overflowed].dtype)

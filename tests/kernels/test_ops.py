@@ -67,6 +67,7 @@ def test_compiles_as_one_graph_and_new_steps_do_not_recompile(backend):
     problem = make_problem([8, 6], 20, (3,))
     p, loss = train_step(problem, backend)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     frames = []
     for step in range(4):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference backend is the definition: held against fp64, autograd and statistics."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import assert_as_accurate, make_problem, oracle, run
@@ -22,6 +24,13 @@ MODES = [
 ]
 
 
+def logit_gradients(problem, bits, mode):
+    """Norm of dL of each member: the oracle's gradient of a bias given one value per weight."""
+    group = [p._replace(b=p.b.expand(p.weight.shape)) for p in problem.group]
+    gradients = oracle(replace(problem, group=group), bits=bits, **mode)[3]
+    return [dL.norm() for dL in gradients[5::5]]
+
+
 def hold_against_oracle(problem, mode, backend="reference"):
     y, forget, sparse, gradients, bits = run(problem, backend, **mode)
     exact = oracle(problem, bits=bits, **mode)
@@ -31,8 +40,15 @@ def hold_against_oracle(problem, mode, backend="reference"):
     ):
         assert_as_accurate(name, got, base, truth)
     names = ["x"] + [f"{f}[{k}]" for k in range(len(problem.group)) for f in "ABUVb"]
+    spread = iter(logit_gradients(problem, bits, mode))
     for name, got, base, truth in zip(names, gradients, eager[3], exact[3], strict=True):
-        assert_as_accurate(f"d{name}", got, base, truth)
+        if name[0] != "b":
+            assert_as_accurate(f"d{name}", got, base, truth)
+            continue
+        # One sum of all dL, which cancel: eager's error is one random draw, no yardstick. About 8
+        # independent roundings an element have a standard deviation below eps |dL|; take four.
+        limit = 2 * (base - truth).abs() + 4 * torch.finfo(problem.x.dtype).eps * next(spread)
+        assert (got - truth).abs() <= limit, f"d{name}: {got} for {truth}, allowed {limit:.1e}"
 
 
 @pytest.mark.parametrize("mode", MODES)

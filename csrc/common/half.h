@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// fp16 and bf16 as raw 16-bit words: conversions with round-to-nearest-even, exact on subnormals.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace stamina {
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float bf16_to_float(uint16_t x) { return bits_float(static_cast<uint32_t>(x) << 16); }
+
+inline uint16_t float_to_bf16(float x) {
+  const uint32_t bits = float_bits(x);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float half_to_float(uint16_t x) {
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
+  const uint32_t magnitude = x & 0x7FFF;
+  // 2^112 rebiases the exponent; multiplying makes subnormals normal without a loop
+  if (magnitude < 0x7C00) {
+    return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
+  }
+  return bits_float(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
+}
+
+inline uint16_t float_to_half(float x) {
+  const uint16_t sign = static_cast<uint16_t>((float_bits(x) >> 16) & 0x8000);
+  const uint32_t magnitude = float_bits(x) & 0x7FFFFFFF;
+  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
+  if (magnitude >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);
+  if (magnitude < 0x38800000) {
+    // below 2^-14 the grid is 2^-24: adding 1/2 makes the hardware round to it
+    return static_cast<uint16_t>(sign |
+                                 (float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f)));
+  }
+  const uint32_t odd = (magnitude >> 13) & 1;
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xFFF + odd) >> 13));
+}
+
+}  // namespace stamina

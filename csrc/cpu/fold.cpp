@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fold of committed adapters into the weights of many layers.
+//
+// Tasks are blocks of 64 x 128 weights: the fp32 sum of the deltas stays in L1 and L2 while all
+// adapters of the layer pass, so that W is read and written once whatever their number.
+#include <atomic>
+#include <cstring>
+
+#include "group.h"
+#include "ops.h"
+
+namespace stamina {
+namespace {
+
+constexpr int64_t kFoldRows = 64;
+
+struct Adapter {
+  const uint16_t *a, *b;
+  const uint32_t* bits;
+  int rank;
+  float coefficient;
+};
+
+struct Layer {
+  Matrix weight, initial;
+  int64_t rows, columns;
+  std::vector<Adapter> adapters;
+
+  int64_t words() const { return round_up(columns, kWordColumns) / kWordColumns; }
+};
+
+struct Task {
+  int64_t layer, row, column;
+};
+
+std::vector<Layer> layers_of(const Tensors& weight, const Tensors& initial, const Tensors& A,
+                             const Tensors& B, const std::vector<double>& scale,
+                             const Tensors& bits, const Integers& first) {
+  const size_t n = weight.size();
+  STD_TORCH_CHECK(initial.size() == n && first.size() == n + 1 && first[0] == 0,
+                  "fold needs one weight_init per weight and their prefix sums of adapters");
+  const auto count = static_cast<size_t>(first[n]);
+  STD_TORCH_CHECK(
+      A.size() == count && B.size() == count && scale.size() == count && bits.size() == count,
+      "fold needs one A, B, scale and bits per adapter");
+  std::vector<Layer> layers(n);
+  for (size_t k = 0; k < n; ++k) {
+    Layer& layer = layers[k];
+    layer.weight = matrix_of(weight[k], "weight", -1, -1);
+    layer.rows = weight[k].size(0);
+    layer.columns = weight[k].size(1);
+    layer.initial = matrix_of(initial[k], "weight_init", layer.rows, layer.columns);
+    STD_TORCH_CHECK(layer.initial.dtype == layer.weight.dtype,
+                    "weight_init must have the dtype of weight");
+    STD_TORCH_CHECK(first[k] <= first[k + 1], "first must ascend");
+    for (auto t = static_cast<size_t>(first[k]); t < static_cast<size_t>(first[k + 1]); ++t) {
+      const auto* a = data_of<uint16_t>(A[t], "A", ScalarType::Half, layer.rows, -1);
+      const int64_t rank = A[t].size(1);
+      layer.adapters.push_back(
+          {a, data_of<uint16_t>(B[t], "B", ScalarType::Half, rank, layer.columns),
+           data_of<uint32_t>(bits[t], "bits", ScalarType::Int, layer.rows, layer.words()),
+           static_cast<int>(rank), static_cast<float>(scale[t])});
+    }
+  }
+  return layers;
+}
+
+int highest_rank(const std::vector<Layer>& layers) {
+  int highest = 1;
+  for (const Layer& layer : layers) {
+    for (const Adapter& adapter : layer.adapters) {
+      highest = adapter.rank > highest ? adapter.rank : highest;
+    }
+  }
+  return highest;
+}
+
+struct FoldBuffers {
+  Scratch<float> total, left, right;
+
+  explicit FoldBuffers(int rank)
+      : total(kFoldRows * kTileColumns), left(kFoldRows * rank), right(rank * kTileColumns) {}
+};
+
+void add_adapter(const Layer& layer, const Adapter& adapter, const Task& task, int64_t rows,
+                 int columns, const FoldBuffers& buffers) {
+  const Kernels& kernels = active_kernels();
+  kernels.to_float(adapter.a + task.row * adapter.rank, buffers.left.get(), rows * adapter.rank,
+                   DType::kFloat16);
+  for (int k = 0; k < adapter.rank; ++k) {
+    float* strip = buffers.right.get() + k * kTileColumns;
+    kernels.to_float(adapter.b + k * layer.columns + task.column, strip, columns, DType::kFloat16);
+    for (int j = columns; j < round_up(columns, kWordColumns); ++j) strip[j] = 0.0f;
+  }
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    kernels.fold({static_cast<int>(least(kTileRows, rows - i)),
+                  columns,
+                  {buffers.left.get() + i * adapter.rank, buffers.right.get(), adapter.rank},
+                  adapter.coefficient,
+                  adapter.bits + (task.row + i) * layer.words() + task.column / kWordColumns,
+                  layer.words(),
+                  buffers.total.get() + i * kTileColumns});
+  }
+}
+
+// Returns whether every result is finite.
+bool fold_block(const Layer& layer, const Task& task, const FoldBuffers& buffers) {
+  const int64_t rows = least(kFoldRows, layer.rows - task.row);
+  const int columns = static_cast<int>(least(kTileColumns, layer.columns - task.column));
+  std::memset(buffers.total.get(), 0, sizeof(float) * kFoldRows * kTileColumns);
+  for (const Adapter& adapter : layer.adapters) {
+    add_adapter(layer, adapter, task, rows, columns, buffers);
+  }
+  bool finite = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Matrix source = matrix_at(layer.initial, task.row + i, task.column);
+    const Matrix target = matrix_at(layer.weight, task.row + i, task.column);
+    finite &= active_kernels().round_sum(buffers.total.get() + i * kTileColumns, source.data,
+                                         target.data, columns, target.dtype);
+  }
+  return finite;
+}
+
+void restore(const Layer& layer) {
+  std::memcpy(layer.weight.data, layer.initial.data,
+              static_cast<size_t>(layer.rows * layer.columns * size_of(layer.weight.dtype)));
+}
+
+}  // namespace
+
+int64_t fold_(const Tensors& weight, const Tensors& weight_init, const Tensors& A, const Tensors& B,
+              const std::vector<double>& scale, const Tensors& bits, const Integers& first) {
+  const std::vector<Layer> layers = layers_of(weight, weight_init, A, B, scale, bits, first);
+  std::vector<Task> tasks;
+  for (size_t k = 0; k < layers.size(); ++k) {
+    if (layers[k].adapters.empty()) restore(layers[k]);
+    if (layers[k].adapters.empty()) continue;
+    for (int64_t i = 0; i < layers[k].rows; i += kFoldRows) {
+      for (int64_t j = 0; j < layers[k].columns; j += kTileColumns) {
+        tasks.push_back({static_cast<int64_t>(k), i, j});
+      }
+    }
+  }
+  const auto count = static_cast<int64_t>(layers.size());
+  std::atomic<int64_t> overflowed{count};
+  parallel(static_cast<int64_t>(tasks.size()), [&](int64_t begin, int64_t end) {
+    const FoldBuffers buffers(highest_rank(layers));
+    for (int64_t p = begin; p < end; ++p) {
+      if (fold_block(layers[tasks[p].layer], tasks[p], buffers)) continue;
+      int64_t lowest = overflowed.load();
+      while (tasks[p].layer < lowest && !overflowed.compare_exchange_weak(lowest, tasks[p].layer)) {
+      }
+    }
+  });
+  if (overflowed == count) return -1;
+  for (const Layer& layer : layers) restore(layer);
+  return overflowed;
+}
+
+}  // namespace stamina

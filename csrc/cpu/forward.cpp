@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+// sample, compose and the forward of the masked linear.
+//
+// Forward: blocks of about 128 rows of W_eff (fp32: 128 I x 4 bytes, 393 KiB at I = 768, within L2)
+// are composed tile by tile, multiplied by torch's matrix product at once and dropped. Composing an
+// element costs about 4 r flops against 2 N for the product (N tokens), and no byte of W_eff
+// reaches memory.
+#include <cstring>
+
+#include "group.h"
+#include "ops.h"
+
+namespace stamina {
+namespace {
+
+// The strips of the two right factors for one range of columns.
+class RightStrips {
+ public:
+  RightStrips(const Member& member, bool with_product)
+      : member_(member),
+        product_(with_product ? member.rank * kTileColumns : 0),
+        logits_(member.mask_rank * kTileColumns) {}
+
+  void pack(int64_t total, int64_t first, int columns) {
+    if (member_.b != nullptr) {
+      pack_strip(member_.b, member_.rank, total, first, columns, product_.get());
+    }
+    pack_strip(member_.v, member_.mask_rank, total, first, columns, logits_.get());
+  }
+  LowRank product(int64_t row) const {
+    return {member_.a + row * member_.rank, product_.get(), member_.rank};
+  }
+  LowRank logits(int64_t row) const {
+    return {member_.u + row * member_.mask_rank, logits_.get(), member_.mask_rank};
+  }
+
+ private:
+  const Member& member_;
+  Scratch<float> product_, logits_;
+};
+
+struct ForwardSettings {
+  float scale;
+  Sparse sparse;
+};
+
+// Draws the bits of a block and, where `effective` has memory, composes its rows of W_eff there.
+void forward_block(const Group& group, const RowBlock& block, const ForwardSettings& settings,
+                   const Matrix& effective, uint32_t* bits, Sums* sums) {
+  const Member& member = group.members[block.member];
+  const bool composes = effective.data != nullptr;
+  RightStrips strips(member, composes);
+  const Kernels& kernels = active_kernels();
+  ForwardTile tile{};
+  tile.bias = member.bias;
+  tile.scale = settings.scale;
+  tile.sparse = settings.sparse;
+  tile.bits_stride = group.words();
+  tile.sums = sums;
+  for (int64_t j = 0; j < group.columns; j += kTileColumns) {
+    tile.columns = static_cast<int>(least(kTileColumns, group.columns - j));
+    strips.pack(group.columns, j, tile.columns);
+    for (int64_t i = block.begin; i < block.end; i += kTileRows) {
+      tile.rows = static_cast<int>(least(kTileRows, block.end - i));
+      tile.logits = strips.logits(i);
+      tile.stream = stream_at(member, i, j);
+      tile.bits = bits + (member.first_row + i) * tile.bits_stride + j / kWordColumns;
+      if (composes) {
+        tile.product = strips.product(i);
+        tile.weight = matrix_at(member.weight, i, j);
+        tile.initial = matrix_at(member.initial, i, j);
+        tile.effective = matrix_at(effective, i - block.begin, j);
+      }
+      kernels.forward(tile);
+    }
+  }
+}
+
+// Rows of the scratch W_eff: padded, and off the power-of-two strides that collide in the cache.
+int64_t scratch_stride(int64_t columns) { return round_up(columns, kWordColumns) + kLineFloats; }
+
+int64_t largest_block(const std::vector<RowBlock>& blocks) {
+  int64_t rows = 0;
+  for (const RowBlock& block : blocks)
+    rows = rows < block.end - block.begin ? block.end - block.begin : rows;
+  return rows;
+}
+
+// Sums of the blocks per member, in order.
+void store_sums(const std::vector<RowBlock>& blocks, const std::vector<Sums>& sums, size_t members,
+                float* forget, float* sparse, int64_t* counts) {
+  std::vector<Sums> totals(members, Sums{});
+  for (size_t p = 0; p < blocks.size(); ++p) {
+    Sums& total = totals[blocks[p].member];
+    total.forget += sums[p].forget;
+    total.sparse += sums[p].sparse;
+    total.kept += sums[p].kept;
+    total.overlap += sums[p].overlap;
+  }
+  for (size_t k = 0; k < members; ++k) {
+    forget[k] = static_cast<float>(totals[k].forget);
+    sparse[k] = static_cast<float>(totals[k].sparse);
+    counts[2 * k] = totals[k].kept;
+    counts[2 * k + 1] = totals[k].overlap;
+  }
+}
+
+Tensor empty_outputs(const Tensor& x, int64_t rows) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() = rows;
+  return torch::stable::empty({shape.data(), shape.size()}, x.scalar_type());
+}
+
+// The biases of the group in x's dtype, one after the other; the caller has concatenated them.
+void* bias_of(const Tensors& bias, const Group& group, ScalarType type) {
+  if (bias.empty()) return nullptr;
+  STD_TORCH_CHECK(
+      bias.size() == 1 && bias[0].numel() == group.rows && bias[0].scalar_type() == type,
+      "bias must be one tensor of sum O elements in the dtype of x");
+  check_layout(bias[0], "bias");
+  return bias[0].data_ptr();
+}
+
+}  // namespace
+
+Tensor sample(const Tensors& U, const Tensors& V, const Tensors& b, const Tensor& seed,
+              const Tensor& step, const Integers& layer_id, const Integers& row0,
+              const Integers& col0, bool hard) {
+  const Group group = logits_group(U, V, b, {seed, step, layer_id, row0, col0, hard});
+  Tensor bits = empty({group.rows, group.words()}, ScalarType::Int);
+  auto* words = static_cast<uint32_t*>(bits.data_ptr());
+  const std::vector<RowBlock> blocks = row_blocks(group);
+  parallel(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      forward_block(group, blocks[p], {}, {}, words, nullptr);
+    }
+  });
+  return bits;
+}
+
+Tensor compose(const Tensors& weight, const Tensors& A, const Tensors& B, const Tensor& bits,
+               const Tensor& scale, ScalarType dtype) {
+  STD_TORCH_CHECK(!weight.empty() && weight[0].dim() == 2, "weight must be a list of matrices");
+  Group group;
+  group.columns = weight[0].size(1);
+  for (const Tensor& w : weight) {
+    Member member{};
+    member.first_row = group.rows;
+    member.rows = w.size(0);
+    group.rows += member.rows;
+    group.members.push_back(member);
+  }
+  add_products(group, weight, {}, A, B);
+  const auto* words =
+      data_of<const uint32_t>(bits, "bits", ScalarType::Int, group.rows, group.words());
+  const float s = float_of(scale, "scale");
+  Tensor effective = empty({group.rows, group.columns}, dtype);
+  const Matrix target = matrix_of(effective, "dtype", group.rows, group.columns);
+  const std::vector<RowBlock> blocks = row_blocks(group);
+  parallel(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const RowBlock& block = blocks[p];
+      const Member& member = group.members[block.member];
+      Scratch<float> strip(member.rank * kTileColumns);
+      for (int64_t j = 0; j < group.columns; j += kTileColumns) {
+        const int columns = static_cast<int>(least(kTileColumns, group.columns - j));
+        pack_strip(member.b, member.rank, group.columns, j, columns, strip.get());
+        for (int64_t i = block.begin; i < block.end; i += kTileRows) {
+          const int64_t row = member.first_row + i;
+          active_kernels().compose({static_cast<int>(least(kTileRows, block.end - i)),
+                                    columns,
+                                    {member.a + i * member.rank, strip.get(), member.rank},
+                                    s,
+                                    matrix_at(member.weight, i, j),
+                                    matrix_at(target, row, j),
+                                    words + row * group.words() + j / kWordColumns,
+                                    group.words()});
+        }
+      }
+    }
+  });
+  return effective;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear(
+    const Tensor& x, const Tensors& weight, const Tensors& bias, const Tensors& A, const Tensors& B,
+    const Tensors& U, const Tensors& V, const Tensors& b, const Tensors& weight_init,
+    const Tensor& scale, const Tensor& seed, const Tensor& step, const Integers& layer_id,
+    const Integers& row0, const Integers& col0, bool hard, const std::string& sparse_kind) {
+  Group group = logits_group(U, V, b, {seed, step, layer_id, row0, col0, hard});
+  add_products(group, weight, weight_init, A, B);
+  check_layout(x, "x");
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == group.columns, "x must be of shape [..., ",
+                  group.columns, "]");
+  const DType dtype = dtype_of(x, "x");
+  const int64_t tokens = x.numel() / group.columns;
+  const auto n = static_cast<int64_t>(weight.size());
+  Tensor y = empty_outputs(x, group.rows);
+  Tensor forget = empty({n}, ScalarType::Float), sparse = empty({n}, ScalarType::Float);
+  Tensor counts = empty({n, 2}, ScalarType::Long);
+  Tensor bits = empty({group.rows, group.words()}, ScalarType::Int);
+  void* row_bias = bias_of(bias, group, x.scalar_type());
+  const ForwardSettings settings{float_of(scale, "scale"), sparse_of(sparse_kind)};
+  const Operand inputs{x.data_ptr(), tokens, group.columns, group.columns, 1};
+  auto* words = static_cast<uint32_t*>(bits.data_ptr());
+
+  const std::vector<RowBlock> blocks = row_blocks(group);
+  const int64_t stride = scratch_stride(group.columns);
+  const int64_t block_bytes = largest_block(blocks) * stride * size_of(dtype);
+  std::vector<Sums> sums(blocks.size(), Sums{});
+  parallel(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
+    Scratch<char> effective(block_bytes);
+    for (int64_t p = begin; p < end; ++p) {
+      const RowBlock& block = blocks[p];
+      const int64_t rows = block.end - block.begin;
+      forward_block(group, block, settings, {effective.get(), stride, dtype}, words, &sums[p]);
+      const int64_t column = group.members[block.member].first_row + block.begin;
+      const Operand outputs{offset(y.data_ptr(), column, dtype), tokens, rows, group.rows, 1};
+      const Operand operator_rows{effective.get(), rows, group.columns, stride, 1};
+      product_of(outputs, inputs, operator_rows.transposed(), dtype,
+                 row_bias == nullptr ? nullptr : offset(row_bias, column, dtype));
+    }
+  });
+  store_sums(blocks, sums, group.members.size(), static_cast<float*>(forget.data_ptr()),
+             static_cast<float*>(sparse.data_ptr()), static_cast<int64_t*>(counts.data_ptr()));
+  return {y, forget, sparse, counts, bits};
+}
+
+Tensor philox_words(int64_t seed, int64_t step, int64_t layer_id, int64_t row0, int64_t col0,
+                    int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(rows >= 0 && rows <= kTileRows && columns >= 0 && columns <= kTileColumns,
+                  "rows and columns must fit one tile, ", kTileRows, " x ", kTileColumns);
+  Tensor words = empty({rows, columns}, ScalarType::Int);
+  const auto bits = static_cast<uint64_t>(seed);
+  const Stream stream{{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)},
+                      static_cast<uint32_t>(step),
+                      static_cast<uint32_t>(layer_id),
+                      row0,
+                      col0,
+                      false};
+  active_kernels().philox_words(stream, static_cast<int>(rows), static_cast<int>(columns),
+                                static_cast<uint32_t*>(words.data_ptr()));
+  return words;
+}
+
+}  // namespace stamina

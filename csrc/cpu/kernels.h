@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// The table of tile kernels that each instruction set provides. Plain pointers and sizes only: the
+// files behind it are compiled with special flags, and a shared inline function compiled there
+// could be picked by the linker for a machine that lacks those instructions.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/philox.h"
+
+namespace stamina {
+
+// A tile is at most kTileRows x kTileColumns: its three fp32 arrays (24 KiB) and the matching
+// strips of B and V (16 KiB at rank 16) stay in L1, and each strip is read once for kTileRows rows.
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 128;
+constexpr int kWordColumns = 32;  // columns per word of mask bits
+constexpr int kLineFloats = 16;   // padding unit of all scratch arrays
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+struct Matrix {
+  void* data;
+  int64_t stride;  // elements from row to row
+  DType dtype;
+};
+
+// Where the uniforms come from. hard: none, u = 1/2.
+struct Stream {
+  PhiloxKey key;
+  uint32_t step, layer;
+  int64_t row, column;  // global coordinates of the tile's first element
+  bool hard;
+};
+
+// One low-rank product of the tile: left rows x rank (row stride `rank`), right rank x columns with
+// row stride kTileColumns, zero beyond the tile's columns.
+struct LowRank {
+  const float* left;
+  const float* right;
+  int rank;
+};
+
+enum class Sparse : int { kSigmoid, kRelu };
+
+struct Sums {
+  double forget, sparse;
+  int64_t kept, overlap;
+};
+
+// Draws the mask of the tile, writes bits and (where `effective` is given) W + s M (.) (A B).
+struct ForwardTile {
+  int rows, columns;
+  LowRank product, logits;
+  float bias, scale;
+  Stream stream;
+  Sparse sparse;
+  Matrix weight, initial, effective;  // data null where absent; effective null: bits only
+  uint32_t* bits;
+  int64_t bits_stride;
+  Sums* sums;
+};
+
+// W + s M (.) (A B) from given bits.
+struct ComposeTile {
+  int rows, columns;
+  LowRank product;
+  float scale;
+  Matrix weight, effective;
+  const uint32_t* bits;
+  int64_t bits_stride;
+};
+
+// Contracts the tile of dY^T X into the gradients of the factors. Transposed strips of B and V have
+// `columns` rows of `padded_rank` floats; gradients are accumulated.
+struct BackwardTile {
+  int rows, columns;
+  LowRank product, logits;
+  float bias, scale, tau, g_forget, g_sparse;
+  Stream stream;
+  Sparse sparse;
+  Matrix weight, initial, effective;  // effective null: not wanted; may share gradient's memory
+  const uint32_t* bits;
+  int64_t bits_stride;
+  Matrix gradient;
+  const float *right_transposed, *logits_right_transposed;
+  float *d_left, *d_logits_left;    // rows x padded rank
+  float *d_right, *d_logits_right;  // rank x kTileColumns
+  double* d_bias;
+};
+
+// total += c M (.) (left right); total is rows x kTileColumns.
+struct FoldTile {
+  int rows, columns;
+  LowRank product;
+  float coefficient;
+  const uint32_t* bits;
+  int64_t bits_stride;
+  float* total;
+};
+
+struct Kernels {
+  const char* name;
+  void (*forward)(const ForwardTile&);
+  void (*compose)(const ComposeTile&);
+  void (*backward)(const BackwardTile&);
+  void (*fold)(const FoldTile&);
+  // target = round(source + total) on at most kTileColumns; returns whether all results are finite
+  bool (*round_sum)(const float* total, const void* source, void* target, int columns, DType dtype);
+  void (*to_float)(const void* source, float* target, int64_t n, DType dtype);
+  // the raw words behind the uniforms of a tile, rows x columns
+  void (*philox_words)(const Stream&, int rows, int columns, uint32_t* out);
+};
+
+// The table in use: the widest that this machine supports, or the one that the environment variable
+// STAMINA_CPU_ISA names. Throws for a name that is unknown or unsupported here.
+const Kernels& active_kernels();
+void select_kernels(const char* name);
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace portable {
+extern const Kernels kernels;
+}
+
+constexpr int64_t padded_rank(int64_t rank) { return round_up(rank, kLineFloats); }
+
+}  // namespace stamina

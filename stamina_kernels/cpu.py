@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `cpu`: C++ with SIMD chosen at run time (`csrc/cpu`), threads from torch's own pool.
+
+The functions are those of `reference.py`, which defines them. The library `_cpu.so` is loaded on
+first use and registers `torch.ops.stamina_cpu`. The environment variable STAMINA_CPU_ISA forces an
+instruction set: avx512, avx2 or portable.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stamina_kernels import reference
+
+_LIBRARY = Path(__file__).with_name("_cpu.so")
+
+
+@cache
+def _library() -> Any:
+    torch.ops.load_library(_LIBRARY)
+    torch.ops.stamina_cpu.instruction_set("")  # raises for an unsupported STAMINA_CPU_ISA
+    return torch.ops.stamina_cpu
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """None, or why the C++ backend cannot run here."""
+    if not _LIBRARY.exists():
+        return (
+            f"{_LIBRARY.name} was not built; it needs a C++17 compiler and an importable torch, "
+            "as in `pip install --no-build-isolation .`"
+        )
+    try:
+        _library()
+    except (OSError, RuntimeError) as error:
+        return f"{_LIBRARY.name} cannot be used: {error}"
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set in use: avx512, avx2 or portable."""
+    name: str = _library().instruction_set("")
+    return name
+
+
+def sample(
+    U: Sequence[Tensor],
+    V: Sequence[Tensor],
+    b: Sequence[Tensor],
+    seed: Tensor,
+    step: Tensor,
+    layer_id: Sequence[int],
+    row0: Sequence[int],
+    col0: Sequence[int],
+    hard: bool,
+) -> Tensor:
+    """Mask bits of the group, int32 [sum O, ceil(I / 32)]."""
+    bits: Tensor = _library().sample(U, V, b, seed, step, layer_id, row0, col0, hard)
+    return bits
+
+
+def compose(
+    weight: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    bits: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """W_eff of the group from its bits, [sum O, I] in `dtype`, one rounding."""
+    effective: Tensor = _library().compose(weight, A, B, bits, scale, dtype)
+    return effective
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    U: Sequence[Tensor],
+    V: Sequence[Tensor],
+    b: Sequence[Tensor],
+    weight_init: Sequence[Tensor],
+    scale: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    layer_id: Sequence[int],
+    row0: Sequence[int],
+    col0: Sequence[int],
+    hard: bool,
+    sparse_kind: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Y, forget, sparse, counts and bits of the group; tau matters in the backward only."""
+    joined = [torch.cat([row.to(x.dtype) for row in bias])] if bias else []
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _library().masked_linear(
+        x, weight, joined, A, B, U, V, b, weight_init, scale, seed, step,
+        layer_id, row0, col0, hard, sparse_kind,
+    )  # fmt: skip
+    return outputs
+
+
+def masked_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    U: Sequence[Tensor],
+    V: Sequence[Tensor],
+    b: Sequence[Tensor],
+    weight_init: Sequence[Tensor],
+    bits: Tensor,
+    scale: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    g_forget: Tensor,
+    g_sparse: Tensor,
+    layer_id: Sequence[int],
+    row0: Sequence[int],
+    col0: Sequence[int],
+    hard: bool,
+    sparse_kind: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    """dX (empty unless need_dx) and the flat gradients; the same for any number of threads."""
+    gradients: tuple[Tensor, Tensor] = _library().masked_linear_backward(
+        dy, x, weight, A, B, U, V, b, weight_init, bits, scale, tau, seed, step, g_forget, g_sparse,
+        layer_id, row0, col0, hard, sparse_kind, need_dx,
+    )  # fmt: skip
+    return gradients
+
+
+def commit(
+    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A16, B16, exponent and the bits [L > 0] of a finished adapter."""
+    A16, B16, exponent = reference.commit_factors(A, B, U, V, b)
+    zero = torch.zeros((), dtype=torch.int64)
+    return A16, B16, exponent, sample([U], [V], [b], zero, zero, [0], [0], [0], True)
+
+
+def fold_(
+    weight: Sequence[Tensor],
+    weight_init: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    bits: Sequence[Tensor],
+    first: Sequence[int],
+) -> None:
+    """Fold in place, all layers at once; see `reference.fold_`."""
+    overflowed = _library().fold_(weight, weight_init, A, B, scale, bits, first)
+    if overflowed >= 0:
+        raise reference.fold_overflow(overflowed, weight[overflowed].dtype)
