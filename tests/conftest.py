@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # before anything imports Triton: its kernels then run on the CPU, interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sample: the mask bits of a group, M = [u < sigmoid(L)] or [L > 0]."""
+
+import triton
+import triton.language as tl
+
+from stamina_kernels.triton import tile
+
+
+@triton.jit
+def member_logits(p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col):
+    """L of the tile of a member that begins at (row, col)."""
+    mask_rank = tile.field(p_member, tile.MASK_RANK)
+    return tile.logits_tile(
+        p_factors + tl.load(p_member + tile.OFFSET_U) + row * mask_rank,
+        p_factors + tl.load(p_member + tile.OFFSET_V) + col,
+        p_factors + tl.load(p_member + tile.OFFSET_LOGIT),
+        mask_rank, in_features, o_row, m_row, o_col, m_col,
+    )  # fmt: skip
+
+
+@triton.jit
+def mask_tile(
+    p_seed, p_step, p_member, b_logit, row, col, o_row,
+    HARD: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """M of a tile of logits."""
+    if HARD:
+        return b_logit > 0
+    else:
+        b_u = tile.uniform_tile(p_seed, p_step, p_member, row, col, o_row, b_logit.shape[1], QUADS)
+        return b_u < tl.sigmoid(b_logit)
+
+
+@triton.jit
+def sample_kernel(
+    p_members, p_factors, p_seed, p_step, p_bits, in_features,
+    HARD: tl.constexpr, QUADS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """Grid: row tiles of the tallest member, column tiles, members."""
+    p_member = p_members + tl.program_id(2) * tile.FIELDS
+    rows = tile.field(p_member, tile.OUT_FEATURES)
+    row = (tl.program_id(0) * BO).to(tl.int64)
+    col = tl.program_id(1) * BI
+    if row < rows:
+        o_row, m_row = tile.span(row, rows, BO)
+        o_col, m_col = tile.span(col, in_features, BI)
+        b_logit = member_logits(
+            p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col
+        )
+        b_mask = mask_tile(p_seed, p_step, p_member, b_logit, row, col, o_row, HARD, QUADS)
+        p_word, m_word = tile.bit_pointers(
+            p_bits, tl.load(p_member + tile.FIRST_ROW) + row, col, in_features, o_row, m_row, BI
+        )
+        tile.store_bits(b_mask & m_col[None, :], p_word, m_word, BO, BI)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ahead-of-time compilation of the Triton kernels, no GPU needed: what each one costs per arch.
+
+    python tests/kernels/aot.py              compile for every arch, compare with the table
+    python tests/kernels/aot.py --arch 90    the same for one
+    python tests/kernels/aot.py --update     compile for every arch, rewrite the table
+
+Every kernel x dtype is compiled as it is launched for SD 1.5's cross-attention K/V projections
+(768 -> 320 / 640 / 1280, ranks 16, addresses and sizes divisible by 16). Registers, stack and
+shared memory come from `cuobjdump`, spills and matrix instructions from `nvdisasm`, both bundled
+with Triton. Runs in a process of its own, because an interpreted kernel cannot be compiled.
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stamina_kernels.triton import config
+from stamina_kernels.triton.backward import backward_kernel
+from stamina_kernels.triton.composition import compose_kernel, sample_compose_kernel
+from stamina_kernels.triton.fold import fold_kernel
+from stamina_kernels.triton.mask import sample_kernel
+from stamina_kernels.triton.operations import ELEMENT
+
+BUDGET = Path(__file__).parents[1] / "data" / "aot_budget.csv"
+ARCHS = ("80", "90", "100", "120", "gfx942")
+# Largest dynamic shared memory a block may ask for, bytes (CUDA C++ programming guide, table of
+# technical specifications; CDNA 3: 64 KiB of LDS).
+SHARED_LIMIT = {
+    "80": 163 << 10,
+    "90": 227 << 10,
+    "100": 227 << 10,
+    "120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+RANK = 16
+MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)")
+SPILL = re.compile(r"\b(STL|LDL|scratch_(?:load|store)\w*)")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Case(NamedTuple):
+    """A kernel with the constants it is launched with; everything else is a runtime argument."""
+
+    name: str
+    kernel: Any
+    dtype: torch.dtype
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Cost(NamedTuple):
+    """One row of the table, as measured with one version of Triton.
+
+    registers per thread; stack bytes; spills, shared bytes per block; matrix instructions.
+    """
+
+    kernel: str
+    dtype: str
+    arch: str
+    triton: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    matrix: int
+
+
+def cases() -> Iterator[Case]:
+    mask = {"HARD": False, "QUADS": True}
+    statistics = {"RELU": False, "HAS_INITIAL": True}
+    step = config.rank_step(RANK)
+    yield Case("sample", sample_kernel, torch.float32, mask, config.SAMPLE)
+    for dtype in DTYPES:
+        weight = {"DTYPE": ELEMENT[dtype], "ALIGNMENT": 16}
+        product = weight | {"PRECISION": config.dot_precision(dtype)}
+        yield Case("compose", compose_kernel, dtype, product | {"BR": step}, config.COMPOSE)
+        yield Case(
+            "sample_compose",
+            sample_compose_kernel,
+            dtype,
+            product | mask | statistics | {"BR": step},
+            config.COMPOSE,
+        )
+        yield Case(
+            "backward",
+            backward_kernel,
+            dtype,
+            product | mask | statistics | {"BR": config.rank_step(RANK), "PASSES": 1},
+            config.backward(dtype),
+        )
+        yield Case("fold", fold_kernel, dtype, weight | {"BR": config.rank_step(RANK)}, config.FOLD)
+
+
+_POINTERS = {
+    "p_members": "*i64", "p_layers": "*i64", "p_adapters": "*i64", "p_seed": "*i64",
+    "p_step": "*i64", "p_bits": "*i32", "p_counts": "*i32", "p_overflow": "*i32",
+}  # fmt: skip
+_ACTIVATIONS = ("p_x", "p_dy", "p_effective")
+# 77 tokens a prompt: not a multiple of 16
+_UNALIGNED = ("tokens",)
+_ELEMENT_NAME = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _argument_type(name: str, dtype: torch.dtype) -> str:
+    if name in _ACTIVATIONS:
+        return f"*{_ELEMENT_NAME[dtype]}"
+    if name.startswith("p_"):
+        return _POINTERS.get(name, "*fp32")
+    return "i32"
+
+
+def compile_case(case: Case, arch: str) -> Any:
+    target = (
+        GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
+    )
+    tile = {k: v for k, v in case.options.items() if k in case.kernel.arg_names}
+    options = {k: v for k, v in case.options.items() if k not in tile}
+    constants = case.constants | tile
+    signature, attributes = {}, {}
+    for position, name in enumerate(case.kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else _argument_type(name, case.dtype)
+        if name not in constants and name not in _UNALIGNED:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(case.kernel, signature, constants, attributes), target=target, options=options
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [str(path), *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    return registers, stack, code
+
+
+def _amd_usage(code: str) -> tuple[int, int, str]:
+    registers, stack = (
+        int(re.search(rf"\.{key}:\s+(\d+)", code)[1])
+        for key in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, stack, code
+
+
+def measure(case: Case, arch: str) -> Cost:
+    compiled = compile_case(case, arch)
+    if arch.startswith("gfx"):
+        registers, stack, code = _amd_usage(compiled.asm["amdgcn"])
+    else:
+        registers, stack, code = _nvidia_usage(compiled.asm["cubin"])
+    return Cost(
+        case.name, _ELEMENT_NAME[case.dtype], arch, triton.__version__, registers, stack,
+        len(SPILL.findall(code)), compiled.metadata.shared, len(MATRIX.findall(code)),
+    )  # fmt: skip
+
+
+def faults(cost: Cost, committed: Cost | None) -> list[str]:
+    """What is wrong with a row: limits that always hold, then what got worse than the table.
+
+    Another version of Triton allocates differently: only the limits are held against it.
+    """
+    found = [
+        f"{name} {getattr(cost, name)}, must be 0"
+        for name in ("stack", "spills")
+        if getattr(cost, name)
+    ]
+    if cost.shared > SHARED_LIMIT[cost.arch]:
+        found.append(f"shared {cost.shared}, the limit is {SHARED_LIMIT[cost.arch]}")
+    if committed is None:
+        return [*found, f"no row in {BUDGET.name}; run with --update and commit it"]
+    if committed.matrix and not cost.matrix:
+        found.append("no matrix instruction")
+    if cost.triton == committed.triton:
+        found += [
+            f"{name} {getattr(cost, name)}, was {getattr(committed, name)}"
+            for name in ("registers", "shared")
+            if getattr(cost, name) > getattr(committed, name)
+        ]
+    return found
+
+
+def read_budget() -> dict[tuple[str, str, str], Cost]:
+    with BUDGET.open(newline="") as file:
+        _header, *rows = csv.reader(file)
+    costs = [Cost(*row[:4], *map(int, row[4:])) for row in rows]
+    return {cost[:3]: cost for cost in costs}
+
+
+def write_budget(costs: Sequence[Cost]) -> None:
+    beside = BUDGET.with_suffix(".tmp")
+    with beside.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Cost._fields)
+        writer.writerows(costs)
+    os.replace(beside, BUDGET)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=ARCHS, action="append", help="default: every arch")
+    parser.add_argument("--update", action="store_true", help="rewrite the table")
+    arguments = parser.parse_args()
+    if arguments.update and arguments.arch:
+        parser.error("--update rewrites the whole table: leave --arch out")
+    work = [(case, arch) for case in cases() for arch in arguments.arch or ARCHS]
+    costs = [measure(case, arch) for case, arch in tqdm(work, disable=None, unit="kernel")]
+    if arguments.update:
+        write_budget(costs)
+    budget = read_budget()
+    failed = False
+    for cost in costs:
+        found = faults(cost, budget.get(cost[:3]))
+        failed |= bool(found)
+        print(*cost, *(f"<- {fault}" for fault in found))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
