@@ -54,6 +54,8 @@ def check_scalar(
     check_tensor(name, tensor, dtypes, device)
     if tensor.dim() != 0:
         fail(name, list(tensor.shape), "a 0-dim tensor")
+    if tensor.requires_grad:
+        fail(f"{name}.requires_grad", True, "False: it gets no gradient")
 
 
 def _factor_dtypes(projection: MaskedProjection) -> tuple[torch.dtype, ...]:
@@ -76,7 +78,7 @@ def check_projection(
     name: str, p: MaskedProjection, in_features: int, device: torch.device
 ) -> None:
     factor_dtypes = _factor_dtypes(p)
-    weight_dtypes = (*FLOATS, *factor_dtypes)
+    weight_dtypes = tuple(dict.fromkeys((*FLOATS, *factor_dtypes)))
     check_tensor(f"{name}weight", p.weight, weight_dtypes, device)
     if p.weight.requires_grad:
         fail(f"{name}weight.requires_grad", True, "False: the base weight is frozen")
@@ -101,8 +103,9 @@ def check_projection(
         check_matrix(f"{name}weight_init", p.weight_init, rows, columns)
     if not 0 <= p.layer_id < 1 << 32:
         fail(f"{name}layer_id", p.layer_id, "an integer in [0, 2^32)")
-    if p.row0 < 0 or p.col0 < 0:
-        fail(f"{name}row0 and col0", (p.row0, p.col0), "non-negative")
+    # the counter of the random stream holds i in 32 bits and j >> 2 in 32 bits
+    if not (0 <= p.row0 <= (1 << 32) - rows and 0 <= p.col0 <= (1 << 34) - columns):
+        fail(f"{name}row0 and col0", (p.row0, p.col0), "rows below 2^32, columns below 2^34")
 
 
 def check_group(group: Sequence[MaskedProjection], in_features: int, device: torch.device) -> None:

@@ -64,9 +64,10 @@ def masked_linear(
 ) -> MaskedLinearOutput:
     """Y = X (W + s M (.) (A B))^T + bias for a group of projections that share X.
 
-    x [..., I] is fp32, bf16 or fp16 and sets the dtype of the computation; weights may be wider.
-    Under autocast x is cast to autocast's dtype. scale, tau (fp32), seed, step (int64) are 0-dim
-    tensors on x's device. hard selects M = [L > 0] instead of the sample [u < sigmoid(L)].
+    x [..., I] is fp32, bf16 or fp16 and sets the dtype of the computation; weights have the same
+    dtype or a wider one. Under autocast x is cast to autocast's dtype. scale, tau (fp32), seed,
+    step (int64) are 0-dim tensors on x's device. hard selects M = [L > 0] instead of the sample
+    [u < sigmoid(L)].
     Differentiable in x, A, B, U, V, b through y and both scalars (straight-through in the mask).
     One bit per weight is saved for the backward.
 

@@ -197,3 +197,12 @@ def _backward(
 torch.library.register_autograd(
     "stamina::masked_linear", _backward, setup_context=_setup_context, lib=_library
 )
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError("masked_linear has no second derivative (create_graph=True)")
+
+
+torch.library.register_autograd(
+    "stamina::masked_linear_backward", _no_second_derivative, lib=_library
+)

@@ -132,10 +132,11 @@ def delete_stamina(pipe_or_module: Any, names: str | Sequence[str]) -> None:
     state = _require(pipe_or_module, names, "delete_stamina")
     model = adapted_model(pipe_or_module)
     live_goes = state.live is not None and state.live.name in names
+    before, folded = stacked(state), state.folded
+    check_weights_in_use(model, [path for c in before for path in c.state.layers])
     if state.live is not None and live_goes:
         check_weights_in_use(model, state.live.layers)
     drop_tokens(pipe_or_module, {*names, None} if live_goes else set(names))
-    before, folded = stacked(state), state.folded
     state.folded = [concept for concept in folded if concept.state.name not in names]
     live = state.live
     fused = None if live is None else live.fused

@@ -3,6 +3,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ class ConceptState:
     layers: dict[str, CommittedAdapter]
     digests: dict[str, str]
     tokens: Tokens = field(default_factory=dict)
+
+
+def check_name(name: Any) -> None:
+    """Raise unless `name` can name an adapter, hence a file."""
+    if not isinstance(name, str) or not name or "/" in name or "\\" in name:
+        raise ValueError(
+            f"adapter_name must be a non-empty string without '/' or '\\', got {name!r}"
+        )
 
 
 def weight_digest(weight: Tensor) -> str:

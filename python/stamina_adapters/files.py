@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from stamina_adapters.concept import ConceptState, Tokens
+from stamina_adapters.concept import ConceptState, Tokens, check_name
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.fold import fold_concepts
 from stamina_adapters.models import adapted_model, find_state
@@ -124,6 +124,9 @@ def _describe(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
             raise ValueError(f"file version {version!r}, this release reads {VERSION!r}")
         described["config"] = StaminaConfig.model_validate(described["config"])
         fields = {key: described[key] for key in ("name", "index", "config", "layers", "tokens")}
+        if not isinstance(fields["index"], int) or fields["index"] < 0:
+            raise ValueError(f"index must be a non-negative integer, got {fields['index']!r}")
+        check_name(fields["name"])
         for layer in fields["layers"].values():
             if not math.isfinite(layer["scale"]) or len(layer["base"]) != 64:
                 raise ValueError("a layer's scale or digest is malformed")
@@ -209,6 +212,7 @@ def load_stamina_weights(
     """
     concept = read_stamina_weights(file)
     if adapter_name is not None:
+        check_name(adapter_name)
         concept = replace(concept, name=adapter_name)
     fold_concepts(pipe_or_module, [concept], [weight], verify_base=verify_base)
     return concept

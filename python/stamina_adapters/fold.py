@@ -68,6 +68,32 @@ def _write(layers: dict[str, nn.Module], concepts: Sequence[FoldedConcept]) -> N
         )
 
 
+def check_untouched(model: nn.Module, concepts: Sequence[FoldedConcept]) -> None:
+    """Raise where a folded weight is no longer W_init plus its concepts: the next fold starts from
+    W_init and would drop what something else (a fused LoRA, a loaded checkpoint) did to it."""
+    for path in _paths(concepts):
+        layer = layer_at(model, path)
+        initial = layer._buffers.get(WEIGHT_INIT)
+        if initial is None or initial.is_meta:
+            continue
+        weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        expected = torch.empty_like(initial)
+        adapters = [
+            _at(concept.state.layers[path], concept.weight, weight.device)
+            for concept in concepts
+            if concept.weight != 0 and path in concept.state.layers
+        ]
+        fold_([expected], [initial], [adapters])
+        # a cast of the model since then rounds W and W_init apart
+        allowed = 4 * torch.finfo(weight.dtype).eps * initial.abs().amax()
+        if (expected.float() - weight.float()).abs().amax() > allowed:
+            raise RuntimeError(
+                f"the weight of {path!r} was changed since its concepts were folded (a fused "
+                "LoRA, a loaded checkpoint): the next fold would drop that; undo it, or load the "
+                "concepts into a fresh model"
+            )
+
+
 def stacked(state: ModelState) -> list[FoldedConcept]:
     """What the weights hold besides W_init: the folded concepts, and the live one while fused.
 
@@ -110,6 +136,7 @@ def _committed(
     model: nn.Module, state: ModelState, live: LiveAdapter, tokens: Tokens
 ) -> ConceptState:
     check_weights_in_use(model, live.layers)
+    check_untouched(model, stacked(state))
     layers = {}
     for path, layer in live.layers.items():
         try:
@@ -285,6 +312,7 @@ def fold_concepts(
         names.append(concept.name)
         _check_layers(model, concept, verify_base)
     _check_tokens(pipe_or_module, concepts)
+    check_untouched(model, stacked(state))
 
     before, folded = stacked(state), state.folded
     added = [FoldedConcept(c, w) for c, w in zip(concepts, weights, strict=True)]

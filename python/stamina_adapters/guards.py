@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from stamina_adapters.linear import has_foreign_forward
-from stamina_adapters.models import ModelState, find_state, pipeline_models
+from stamina_adapters.models import ModelState, base_layer, find_state, pipeline_models
+from stamina_kernels.checks import FLOATS
 
 _FUSED_NAME = re.compile(r"(^|_)q?kv(_|$)|^query_key_value$")
 _SCALE_CARRIERS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -52,7 +53,11 @@ def allow(owner: Any, *methods: str) -> None:
 
 
 def guard_pipeline(pipe: Any) -> None:
-    """Ask the components before the pipeline's methods do half of their work."""
+    """Ask the components before the pipeline's methods do half of their work.
+
+    Only this pipeline is guarded: another one that shares the components, or the pipeline of a
+    module that was adapted alone, writes its other parts before the adapted one refuses.
+    """
     if isinstance(pipe, nn.Module):
         return
     for method in ("save_pretrained", "fuse_qkv_projections"):
@@ -151,6 +156,23 @@ def check_target(path: str, layer: nn.Module) -> None:
         raise TypeError(
             f"target {path!r} is {kind}, {detail}: only plain nn.Linear layers can be adapted"
         )
+    if layer.weight.dtype not in FLOATS or not layer.weight.is_contiguous():
+        raise TypeError(
+            f"target {path!r} must have a contiguous fp32, bf16 or fp16 weight, got "
+            f"{layer.weight.dtype} with strides {layer.weight.stride()}"
+        )
+
+
+def check_not_shared(model: nn.Module, paths: Iterable[str]) -> None:
+    """Raise where a weight at `paths` is used elsewhere too: two updates would overwrite it."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    for path in paths:
+        others = owners[id(base_layer(model.get_submodule(path)).weight)]
+        if len(others) > 1:
+            raise TypeError(f"target {path!r} shares its weight: {', '.join(others)}")
 
 
 def _has_peft_layers(model: nn.Module) -> bool:

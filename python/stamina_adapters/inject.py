@@ -10,8 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from stamina_adapters.concept import check_name
 from stamina_adapters.config import StaminaConfig
+from stamina_adapters.fold import check_untouched, stacked
 from stamina_adapters.guards import (
+    check_not_shared,
     check_target,
     check_weights_in_use,
     guard_live,
@@ -64,8 +67,7 @@ def _targets(model: nn.Module, config: StaminaConfig) -> dict[str, nn.Module]:
 
 
 def _check_name(name: str, state: ModelState) -> None:
-    if not name or "/" in name:
-        raise ValueError(f"adapter_name must be a non-empty string without '/', got {name!r}")
+    check_name(name)
     if state.live is not None:
         raise RuntimeError(
             f"the adapter {state.live.name!r} is live: call fold_stamina or unload_stamina before "
@@ -110,6 +112,8 @@ def apply_stamina(
     for path, layer in targets.items():
         check_target(path, layer)
     check_weights_in_use(model, targets)
+    check_not_shared(model, targets)
+    check_untouched(model, stacked(state))
     ids = _layer_ids(adapter_name, list(targets))
 
     layers = {
@@ -204,7 +208,8 @@ def stamina_eval(pipe_or_module: Any) -> Iterator[None]:
         yield
     finally:
         for layer, hard in modes:
-            layer.hard = hard
+            if isinstance(layer, StaminaLinear):  # not folded inside the block
+                layer.hard = hard
 
 
 def stamina_statistics(pipe_or_module: Any) -> dict[str, dict[str, float]]:
@@ -213,4 +218,7 @@ def stamina_statistics(pipe_or_module: Any) -> dict[str, dict[str, float]]:
     See `StaminaLinear.statistics`; computed on demand, and waits for the device.
     """
     layers = _require_layers(pipe_or_module, "stamina_statistics")
+    state = find_state(adapted_model(pipe_or_module))
+    if state is not None and state.live is not None and state.live.fused is not None:
+        raise RuntimeError("stamina_statistics: the adapter is fused, call unfuse_stamina first")
     return {path: layer.statistics() for path, layer in layers.items()}

@@ -74,7 +74,8 @@ class _AttachPenalties(torch.autograd.Function):
         sparse_weight: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(forget_weight, sparse_weight)
-        return y.view_as(y)
+        # not a view: callers may change y in place, as they may the output of nn.Linear
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -240,6 +241,8 @@ def _project_group(layers: Sequence[StaminaLinear], x: Tensor) -> tuple[Tensor, 
         torch.stack([layer.forget_weight for layer in layers]),
         torch.stack([layer.sparse_weight for layer in layers]),
     )
+    if len(layers) == 1:
+        return (cast(Tensor, y),)
     return cast(Tensor, y).split([layer.out_features for layer in layers], dim=-1)
 
 
@@ -248,8 +251,11 @@ def _has_hooks(layer: nn.Module) -> bool:
     return bool(
         hasattr(layer, "_hf_hook")
         or hasattr(layer, "_diffusers_hook")
+        or has_foreign_forward(layer)
         or layer._forward_hooks
         or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
     )
 
 

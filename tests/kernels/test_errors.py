@@ -52,7 +52,9 @@ def call(x=PROBLEM.x, member=MEMBER, **changes):
         ({"weight_init": torch.zeros(6, 10).half()}, r"weight_init must be of dtype torch.float32"),
         ({"weight_init": torch.zeros(6, 9)}, r"weight_init must be of shape \[6, 10\]"),
         ({"layer_id": 1 << 32}, r"layer_id must be an integer in \[0, 2\^32\), got 4294967296"),
-        ({"row0": -1}, r"row0 and col0 must be non-negative"),
+        ({"row0": -1}, r"row0 and col0 must be rows below 2\^32"),
+        ({"row0": (1 << 32) - 5}, r"row0 and col0 must be rows below 2\^32"),
+        ({"col0": (1 << 34) - 9}, r"columns below 2\^34, got \(0, 17179869175\)"),
     ],
 )
 def test_bad_projection(change, message):
@@ -64,6 +66,7 @@ def test_bad_projection(change, message):
     ("change", "message"),
     [
         ({"scale": 1.0}, "scale must be a tensor, got float"),
+        ({"scale": torch.tensor(1.0, requires_grad=True)}, "scale.requires_grad must be False"),
         ({"tau": torch.ones(1)}, r"tau must be a 0-dim tensor, got \[1\]"),
         ({"seed": torch.tensor(1.0)}, "seed must be of dtype torch.int64, got torch.float32"),
         ({"step": 3}, "step must be a tensor, got int"),

@@ -145,6 +145,15 @@ def test_frozen_input_gets_no_gradient(backend):
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
+def test_second_derivatives_raise(backend):
+    p = make_problem([5], 8, (2,)).with_grad()
+    out = masked_linear(p.x, p.group, **p.scalars(), backend=backend)
+    (dx,) = torch.autograd.grad(out.y.square().sum(), p.x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
 def test_threads_do_not_disturb_each_other(backend):
     problems = [make_problem([24], 40, (6,), seed=s) for s in range(4)]
     expected = [run(p, backend)[3] for p in problems]
