@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands and their options; what each does is in a module of its own, loaded when called."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stamina_adapters.cli.options import Model, OutputDir, console, one_line_errors, with_settings
+from stamina_adapters.config import StaminaConfig
+from stamina_adapters.training.config import TrainingConfig
+
+app = typer.Typer(
+    help="Teach a Stable Diffusion model one concept after the other, and fold each into it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+@with_settings
+def train(
+    *,
+    output_dir: OutputDir,
+    pretrained_model_name_or_path: Model = None,
+    concepts_list: Annotated[
+        Path | None,
+        typer.Option(
+            "--concepts_list",
+            help='JSON file: [{"instance_prompt": "a photo of <v1>", "instance_data_dir": "DIR"}, '
+            '...], each with an optional "token". Default: five embedded concepts.',
+        ),
+    ] = None,
+    training: TrainingConfig,
+    adapter: StaminaConfig,
+) -> None:
+    """Learn concepts from folders of PNG or JPEG images, one after the other.
+
+    Each is folded into the model when it is learned. The output folder is a stock pipeline with
+    all of them; in it are concepts/, one small file for each, and training.json, the record.
+    """
+    from stamina_adapters.cli.train import train as run
+
+    with one_line_errors():
+        run(pretrained_model_name_or_path, concepts_list, output_dir, training, adapter, console())
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
+    output_dir: OutputDir,
+    pretrained_model_name_or_path: Model = None,
+    num_images_per_prompt: Annotated[int, typer.Option("--num_images_per_prompt", min=1)] = 4,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Picture k uses seed + k.")] = 0,
+    num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 30,
+    guidance_scale: Annotated[float, typer.Option("--guidance_scale", min=0.0)] = 3.0,
+    sample_batch_size: Annotated[int, typer.Option("--sample_batch_size", min=1)] = 8,
+) -> None:
+    """Make pictures from prompts; writes <prompt number>-<picture number>.png."""
+    from stamina_adapters.cli.generate import generate as run
+
+    with one_line_errors():
+        run(
+            pretrained_model_name_or_path,
+            prompts,
+            output_dir,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=sample_batch_size,
+            console=console(),
+        )
+
+
+@app.command()
+def fold(
+    concepts: Annotated[list[Path], typer.Argument(help="Concept files, in the order learned.")],
+    output_dir: OutputDir,
+    pretrained_model_name_or_path: Model = None,
+) -> None:
+    """Fold concept files into the model they were learned on; writes a stock pipeline."""
+    from stamina_adapters.cli.fold import fold as run
+
+    with one_line_errors():
+        run(pretrained_model_name_or_path, concepts, output_dir, console())
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show versions, devices and backends, and why one is missing."""
+    from stamina_adapters.cli.info import collect, show
+
+    found = collect()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        show(found, console())
+
+
+@app.command()
+def pretrain(
+    output_dir: Annotated[
+        Path, typer.Option("--output_dir", help="Checkpoints and the model; resumes what is there.")
+    ] = Path("pretrain-output"),
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure the gate of a model instead of training one.")
+    ] = False,
+    pretrained_model_name_or_path: Model = None,
+) -> None:
+    """Train the embedded model from scratch, or measure whether concepts can be learned on it."""
+    from stamina_adapters.cli.pretrain import check as run_check
+    from stamina_adapters.cli.pretrain import pretrain as run
+
+    with one_line_errors():
+        if check:
+            run_check(pretrained_model_name_or_path, seed, console())
+        else:
+            run(output_dir, seed, console())
+
+
+@app.command()
+@with_settings
+def demo(
+    *,
+    output: Annotated[Path, typer.Option("--output", help="New or empty folder.")],
+    training: TrainingConfig,
+    adapter: StaminaConfig,
+) -> None:
+    """Learn five embedded concepts in a row and report what was learned, kept and saved.
+
+    Takes about five minutes on two cores. Writes report.html, report.json, grid.png and run/.
+    """
+    from stamina_adapters.cli.demo import demo as run
+
+    with one_line_errors():
+        run(output, training, adapter, console())

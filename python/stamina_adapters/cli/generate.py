@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stamina generate`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from stamina_adapters.cli.embedded import model_path
+from stamina_adapters.cli.progress import RunProgress
+from stamina_adapters.cli.workspace import check_output_dir, check_prompts, load_pipeline
+from stamina_adapters.evaluation.sampling import generate_images
+
+
+def generate(
+    model: Path | None,
+    prompts: Sequence[str],
+    output_dir: Path,
+    *,
+    num_images_per_prompt: int,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    console: Console,
+) -> None:
+    """Check everything, then sample; see `stamina generate --help`."""
+    check_output_dir(output_dir)
+    pipe = load_pipeline(model or model_path())
+    check_prompts(pipe, prompts)
+    jobs = [(p, k) for p in range(len(prompts)) for k in range(num_images_per_prompt)]
+    with RunProgress(console) as progress:
+        images = generate_images(
+            pipe,
+            [prompts[p] for p, _ in jobs],
+            [seed + k for _, k in jobs],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            on_batch=progress.counting("pictures", len(jobs)),
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for (p, k), image in zip(jobs, images, strict=True):
+        image.save(output_dir / f"{p:02d}-{k:03d}.png")
+    console.print(f"{len(images)} pictures in {output_dir}", soft_wrap=True)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One progress display for a whole command."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from stamina_adapters.training.trainer import StepReport
+
+_SMOOTHING = 0.95
+
+
+class RunProgress:
+    """Bars for training and for anything that is counted; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> "RunProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def counting(self, title: str, total: int) -> Callable[[int], None]:
+        """A bar; call the result with how many more are done."""
+        task = self._progress.add_task(title, total=total, note="")
+        return lambda count: self._progress.update(task, advance=count)
+
+    @contextmanager
+    def waiting(self, title: str) -> Iterator[None]:
+        """A bar that only shows that something of unknown length is going on."""
+        task = self._progress.add_task(title, total=None, note="")
+        yield
+        self._progress.update(task, total=1, completed=1)
+
+    def training(self, title: str, total: int) -> Callable[[StepReport], None]:
+        """A bar for a concept's steps, with its loss and mask density.
+
+        The loss shown is an exponential mean: single batches differ by more than a concept learns
+        in a hundred steps.
+        """
+        task = self._progress.add_task(title, total=total, note="")
+        smooth: float | None = None
+
+        def on_step(report: StepReport) -> None:
+            nonlocal smooth
+            last = report.loss if smooth is None else smooth
+            smooth = _SMOOTHING * last + (1 - _SMOOTHING) * report.loss
+            density = "" if report.density is None else f"  density {report.density:.2f}"
+            self._progress.update(task, advance=1, note=f"loss {smooth:.4f}{density}")
+
+        return on_step

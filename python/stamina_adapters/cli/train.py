@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stamina train`: concept after concept, folded one by one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from stamina_adapters.cli.embedded import embedded_concepts, model_path, write_embedded_images
+from stamina_adapters.cli.progress import RunProgress
+from stamina_adapters.cli.workspace import (
+    check_new_tokens,
+    check_output_dir,
+    load_pipeline,
+    save_pipeline,
+    write_text,
+)
+from stamina_adapters.config import StaminaConfig
+from stamina_adapters.training.config import ConceptSpec, TrainingConfig, load_concepts_list
+from stamina_adapters.training.data import ConceptDataset
+from stamina_adapters.training.errors import InputError
+from stamina_adapters.training.methods import StaminaMethod
+from stamina_adapters.training.trainer import ConceptLog, ContinualTrainer
+
+
+def learn_all(
+    trainer: ContinualTrainer,
+    concepts: list[ConceptSpec],
+    datasets: list[ConceptDataset],
+    folder: Path,
+    progress: RunProgress,
+    on_learned: Callable[[int], None] | None = None,
+) -> list[ConceptLog]:
+    """Learn every concept in turn; after each, write its file and the record of the run so far.
+
+    Writes `folder`/concepts/<name>.safetensors and `folder`/training.json. `on_learned` is called
+    with the concept's position once it is folded.
+    """
+    files = folder / "concepts"
+    files.mkdir(parents=True)
+    logs: list[ConceptLog] = []
+    for index, (concept, dataset) in enumerate(zip(concepts, datasets, strict=True)):
+        title = f"learn {index + 1}/{len(concepts)} {concept.token}"
+        on_step = progress.training(title, trainer.config.max_train_steps)
+        state, log = trainer.learn(concept, dataset, on_step)
+        trainer.method.save(state, files / f"{concept.name}.safetensors")
+        logs.append(log)
+        write_text(folder / "training.json", _record(trainer, logs))
+        if on_learned is not None:
+            on_learned(index)
+    return logs
+
+
+def _record(trainer: ContinualTrainer, logs: list[ConceptLog]) -> str:
+    record = {
+        "training": trainer.config.model_dump(),
+        "method": trainer.method.settings(),
+        "concepts": [log.model_dump() for log in logs],
+    }
+    return json.dumps(record, indent=1)
+
+
+def read_datasets(concepts: list[ConceptSpec]) -> list[ConceptDataset]:
+    """Every concept's pictures, decoded and checked."""
+    return [ConceptDataset.from_folder(c.instance_data_dir, "instance_data_dir") for c in concepts]
+
+
+def summary_table(logs: list[ConceptLog]) -> Table:
+    """One row for each learned concept."""
+    table = Table(title="Learned concepts")
+    titles = ("token", "images", "loss, sampled masks", "loss, committed masks", "density", "s")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "token" else "right")
+    for log in logs:
+        last = log.probes[-1]
+        density = log.steps[-1].density
+        table.add_row(
+            log.token,
+            str(log.images),
+            f"{last.sampled:.4f}",
+            f"{last.committed:.4f}",
+            "-" if density is None else f"{density:.2f}",
+            f"{log.seconds:.1f}",
+        )
+    return table
+
+
+def train(
+    model: Path | None,
+    concepts_list: Path | None,
+    output_dir: Path,
+    training: TrainingConfig,
+    adapter: StaminaConfig,
+    console: Console,
+) -> None:
+    """Check everything, then learn; see `stamina train --help`."""
+    if model is not None and concepts_list is None:
+        raise InputError(
+            "--concepts_list: is needed with a model of your own; give a JSON list of concepts"
+        )
+    check_output_dir(output_dir)
+    if concepts_list is None:
+        concepts = embedded_concepts(output_dir / "images")
+    else:
+        concepts = load_concepts_list(concepts_list)
+        datasets = read_datasets(concepts)
+    pipe = load_pipeline(model or model_path())
+    check_new_tokens(pipe, concepts, "--concepts_list")
+    trainer = ContinualTrainer(pipe, StaminaMethod(adapter), training)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if concepts_list is None:
+        write_embedded_images(concepts)
+        datasets = read_datasets(concepts)
+    with RunProgress(console) as progress:
+        logs = learn_all(trainer, concepts, datasets, output_dir, progress)
+    save_pipeline(pipe, output_dir)
+    console.print(summary_table(logs))
+    console.print(f"stock pipeline  {output_dir}", soft_wrap=True)
+    console.print(f"concept files   {output_dir / 'concepts'}", soft_wrap=True)

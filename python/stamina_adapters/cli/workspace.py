@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: pipelines in, folders out, and the checks on both."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from stamina_adapters.training.config import ConceptSpec, placeholders
+from stamina_adapters.training.errors import InputError
+
+MODEL = "--pretrained_model_name_or_path"
+_INDEX = "model_index.json"
+
+
+def _disable_bars() -> None:
+    # the libraries' own bars, for files of a few megabytes, would break up the command's
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def load_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """Load a Stable Diffusion folder from disk in fp32, on the GPU when there is one.
+
+    Raises `InputError` when it is no complete folder of that kind; nothing is downloaded.
+    """
+    argument = f"{MODEL} {str(folder)!r}"
+    if not folder.is_dir():
+        raise InputError(f"{argument}: no such folder; give a local Stable Diffusion folder")
+    index = folder / _INDEX
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except FileNotFoundError:
+        raise InputError(
+            f"{argument}: holds no {_INDEX}; give a folder that save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{argument}: model_index.json is damaged; restore the folder") from error
+    if kind != "StableDiffusionPipeline":
+        raise InputError(f"{argument}: is a {kind}; give a StableDiffusionPipeline folder")
+    _disable_bars()
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(f"{argument}: cannot be loaded ({reason}); restore the folder") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_new_tokens(pipe: Any, concepts: Sequence[ConceptSpec], argument: str) -> None:
+    """Raise `InputError` when a token is a word already, or a prompt is longer than the model's."""
+    vocabulary = pipe.tokenizer.get_vocab()
+    longest = pipe.tokenizer.model_max_length
+    for concept in concepts:
+        if concept.token in vocabulary or f"{concept.token}</w>" in vocabulary:
+            raise InputError(
+                f"{argument}: token {concept.token!r} is already in the model's vocabulary; "
+                "choose another"
+            )
+        length = len(pipe.tokenizer(concept.instance_prompt.replace(concept.token, "a")).input_ids)
+        if length > longest:
+            raise InputError(
+                f"{argument}: instance_prompt of {concept.token!r} has {length} tokens; "
+                f"shorten it to {longest}"
+            )
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """Raise `InputError` when a prompt is blank or names a `<...>` word the model never learned."""
+    vocabulary = pipe.tokenizer.get_vocab()
+    for prompt in prompts:
+        if not prompt.strip():
+            raise InputError(f"PROMPT {prompt!r}: is blank; describe the picture")
+        for word in placeholders(prompt):
+            if word not in vocabulary:
+                special = set(pipe.tokenizer.all_special_tokens)
+                added = pipe.tokenizer.get_added_vocab().keys() - special
+                learned = ", ".join(sorted(added)) or "none"
+                raise InputError(
+                    f"PROMPT {prompt!r}: the model knows no {word}; it has learned {learned}"
+                )
+
+
+def check_output_dir(folder: Path, argument: str = "--output_dir") -> None:
+    """Raise `InputError` unless `folder` is empty or can be made; makes nothing."""
+    where = f"{argument} {str(folder)!r}"
+    try:
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                raise InputError(f"{where}: is in use (not empty); choose an empty or new folder")
+        elif folder.exists():
+            raise InputError(f"{where}: is a file; choose an empty or new folder")
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"{where}: {str(parent)!r} is not writable; choose another folder")
+    except PermissionError as error:
+        raise InputError(f"{where}: cannot be read; choose another folder") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file beside its place and rename it there, so that it is whole or absent."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def save_pipeline(pipe: Any, folder: Path) -> None:
+    """`save_pretrained` into `folder`, beside what it holds already.
+
+    Written next to its place and then moved, model_index.json last: a folder with that file holds
+    a whole pipeline.
+    """
+    partial = folder / ".pipeline.partial"
+    try:
+        pipe.save_pretrained(partial, safe_serialization=True)
+        for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == _INDEX):
+            os.replace(entry, folder / entry.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
