@@ -8,6 +8,7 @@ SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 .PHONY: demo test lint aot format clean
 
 demo: $(INSTALLED)
+	rm -rf demo-output
 	$(VENV)/bin/stamina demo --output demo-output
 
 test: $(INSTALLED)

@@ -220,6 +220,24 @@ def test_compose_is_one_rounding_and_the_forward_uses_it(isa, dtype):
     assert torch.equal(out.y.t(), effective)
 
 
+def test_flushing_subnormals_changes_no_fold(isa):
+    """Code built with -ffast-math sets the processor's flush mode when it is loaded."""
+    subnormal = 2.0**-13  # most of A falls below fp16's smallest normal number, 2^-14
+    adapters = [
+        a._replace(A=a.A * subnormal, scale=a.scale / subnormal) for a in committed(40, 70, 16, 3)
+    ]
+    initial = make_problem([40], 70, (1,), dtype=torch.float16).group[0].weight
+    plain, flushed = initial.clone(), initial.clone()
+    fold_([plain], [initial], [adapters], backend="cpu")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush subnormals")
+    try:
+        fold_([flushed], [initial], [adapters], backend="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(plain, flushed)
+
+
 @pytest.mark.parametrize(
     ("dtype", "share"), [(torch.bfloat16, 0.9999), (torch.float16, 0.9995), (torch.float32, None)]
 )
