@@ -30,8 +30,8 @@ inline uint16_t float_to_bf16(float x) {
 inline float half_to_float(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16;
   const uint32_t magnitude = x & 0x7FFF;
-  // below 2^-14 the value is a whole number of 2^-24; no fp32 subnormal ever appears, because
-  // other libraries make the processor flush those to zero
+  // below 2^-14 the value is a whole number of 2^-24; no fp32 subnormal ever appears, because a
+  // program may have made the processor flush those to zero
   if (magnitude < 0x400) {
     return bits_float(sign | float_bits(static_cast<float>(magnitude) * 0x1p-24f));
   }

@@ -221,7 +221,7 @@ def test_compose_is_one_rounding_and_the_forward_uses_it(isa, dtype):
 
 
 def test_flushing_subnormals_changes_no_fold(isa):
-    """Code built with -ffast-math sets the processor's flush mode when it is loaded."""
+    """Another part of the program may have set the thread's flush mode."""
     subnormal = 2.0**-13  # most of A falls below fp16's smallest normal number, 2^-14
     adapters = [
         a._replace(A=a.A * subnormal, scale=a.scale / subnormal) for a in committed(40, 70, 16, 3)

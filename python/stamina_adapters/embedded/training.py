@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,6 +180,19 @@ def generator_at(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed * 2**24 + step)
 
 
+@contextmanager
+def _subnormals_flushed() -> Iterator[None]:
+    """Moments of unused weights decay to subnormal numbers, which CPUs handle slowly.
+
+    The mode belongs to the thread, so it must not stay on for what runs afterwards.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def fit(
     trainer: FlatTrainer,
     loss_at: Callable[[int], Tensor],
@@ -198,15 +212,13 @@ def fit(
         stop_at: leave, with a checkpoint, at this time (`time.time`); None runs to the end.
     """
     plan = trainer.schedule
-    # Moments of unused weights decay to denormal numbers, which CPUs handle slowly.
-    torch.set_flush_denormal(True)
     if resume and checkpoint.exists():
         trainer.load(checkpoint)
     if trainer.step >= plan.steps:
         return
     bar = tqdm(total=plan.steps, initial=trainer.step, desc=name, unit="step", mininterval=5.0)
     average = None
-    with bar:
+    with _subnormals_flushed(), bar:
         while trainer.step < plan.steps:
             loss = loss_at(trainer.step)
             loss.backward()
