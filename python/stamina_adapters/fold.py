@@ -48,6 +48,17 @@ def _at(adapter: CommittedAdapter, weight: float, device: torch.device) -> Commi
     return CommittedAdapter(A, B, adapter.exponent, bits, adapter.scale * weight)
 
 
+def _applied(
+    concepts: Sequence[FoldedConcept], path: str, device: torch.device
+) -> list[CommittedAdapter]:
+    """What the concepts that have a weight add to the layer at `path`, on `device`."""
+    return [
+        _at(concept.state.layers[path], concept.weight, device)
+        for concept in concepts
+        if concept.weight != 0 and path in concept.state.layers
+    ]
+
+
 def _write(layers: dict[str, nn.Module], concepts: Sequence[FoldedConcept]) -> None:
     """W of every layer from its W_init and the concepts with a weight, one launch per device."""
     by_device: dict[torch.device, list[str]] = {}
@@ -57,14 +68,7 @@ def _write(layers: dict[str, nn.Module], concepts: Sequence[FoldedConcept]) -> N
         fold_(
             [layers[path].weight.detach() for path in paths],  # type: ignore[union-attr, operator]
             [layers[path]._buffers[WEIGHT_INIT] for path in paths],  # type: ignore[misc]
-            [
-                [
-                    _at(concept.state.layers[path], concept.weight, device)
-                    for concept in concepts
-                    if concept.weight != 0 and path in concept.state.layers
-                ]
-                for path in paths
-            ],
+            [_applied(concepts, path, device) for path in paths],
         )
 
 
@@ -78,12 +82,7 @@ def check_untouched(model: nn.Module, concepts: Sequence[FoldedConcept]) -> None
             continue
         weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
         expected = torch.empty_like(initial)
-        adapters = [
-            _at(concept.state.layers[path], concept.weight, weight.device)
-            for concept in concepts
-            if concept.weight != 0 and path in concept.state.layers
-        ]
-        fold_([expected], [initial], [adapters])
+        fold_([expected], [initial], [_applied(concepts, path, weight.device)])
         # a cast of the model since then rounds W and W_init apart
         allowed = 4 * torch.finfo(weight.dtype).eps * initial.abs().amax()
         if (expected.float() - weight.float()).abs().amax() > allowed:

@@ -106,7 +106,10 @@ def pretrain(
     output_dir: Annotated[
         Path, typer.Option("--output_dir", help="Checkpoints and the model; resumes what is there.")
     ] = Path("pretrain-output"),
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Default: the shipped model's, and its gate's."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Measure the gate of a model instead of training one.")
     ] = False,

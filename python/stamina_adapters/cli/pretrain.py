@@ -14,16 +14,21 @@ from stamina_adapters.embedded.pretrain import pretrain as train_embedded
 from stamina_adapters.training.errors import InputError
 
 
-def pretrain(output_dir: Path, seed: int, console: Console) -> None:
+def _chosen(seed: int | None) -> dict[str, int]:
+    """The seed as an argument; nothing where the function's own default is wanted."""
+    return {} if seed is None else {"seed": seed}
+
+
+def pretrain(output_dir: Path, seed: int | None, console: Console) -> None:
     """Train every stage, resuming from what `output_dir` holds."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {str(output_dir)!r}: is a file; choose a folder")
-    assets = train_embedded(output_dir, seed=seed)
+    assets = train_embedded(output_dir, **_chosen(seed))
     console.print(f"model  {assets}", soft_wrap=True)
     console.print("measure it with stamina pretrain --check", soft_wrap=True)
 
 
-def check(model: Path | None, seed: int, console: Console) -> None:
+def check(model: Path | None, seed: int | None, console: Console) -> None:
     """Measure the gate of a model and print it."""
     folder = model or model_path()
     load_pipeline(folder)
@@ -32,7 +37,7 @@ def check(model: Path | None, seed: int, console: Console) -> None:
             f"--pretrained_model_name_or_path {str(folder)!r}: holds no image encoder; "
             "give a folder that stamina pretrain made"
         )
-    report = gate.check(folder, seed=seed)
+    report = gate.check(folder, **_chosen(seed))
     console.print(_attributes(report["attributes"]))
     console.print(_bounds(report))
     console.print("the gate holds" if report["passed"] else "[red]the gate does not hold")
