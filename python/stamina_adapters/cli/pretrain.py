@@ -14,7 +14,7 @@ from stamina_adapters.embedded.pretrain import pretrain as train_embedded
 from stamina_adapters.training.errors import InputError
 
 
-def _chosen(seed: int | None) -> dict[str, int]:
+def _chosen(seed: int | None) -> dict[str, Any]:
     """The seed as an argument; nothing where the function's own default is wanted."""
     return {} if seed is None else {"seed": seed}
 
