@@ -1,35 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of the masked linear.
 //
-// Work is cut into strips of at most 128 columns over all rows of the group. Per strip: G = dY^T X
-// by torch's matrix product (sum O x 128 fp32, 655 KiB at O = 1280, within L2); one pass over its
-// tiles contracts G into the factors' gradients and overwrites it with W_eff; then dX = dY W_eff.
-// A strip holds whole columns, so dX, dB and dV are finished by it. dA, dU and db are partial sums:
-// strips are dealt to a few slots, a number fixed by the shapes, and slots are added in order.
+// Work is cut into strips of at most 128 columns over all rows of the group. Per strip and block of
+// about 96 rows: G = dY^T X (48 KiB, within L2); one pass over its tiles contracts G into the
+// factors' gradients and overwrites it with W_eff; then dX += dY W_eff. A strip holds whole
+// columns, so dX, dB and dV are finished by it. dA, dU and db are partial sums: strips are dealt to
+// a few slots, a number fixed by the shapes, and slots are added in order.
 #include <cstring>
 
 #include "group.h"
 #include "ops.h"
+#include "product.h"
 
 namespace stamina {
 namespace {
 
-// Off the power-of-two stride, which the matrix product reads more slowly.
-constexpr int64_t kStripStride = kTileColumns + kLineFloats;
-
 struct BackwardCall {
   Group group;
-  DType dtype, gradient_dtype;
+  std::vector<RowBlock> blocks;
   int64_t tokens;
-  Operand x, dy;   // in the dtype of the product that makes G
-  Operand dy_own;  // in x's dtype
-  Operand dx;      // data null: not wanted
+  Matrix x, dx;  // dx.data null: not wanted
   const uint32_t* bits;
   float scale, tau;
   const float *g_forget, *g_sparse;
   Sparse sparse;
-
-  bool shares_strip() const { return dtype == gradient_dtype; }
 };
 
 // Where the gradients of one member start in the flat result.
@@ -121,70 +115,91 @@ class RightFactor {
   int rank_;
 };
 
-// Contracts the strip's G of one member; leaves its rows of W_eff in `effective`.
-void contract_member(const BackwardCall& call, size_t k, int64_t first, int columns,
-                     const Matrix& gradient, const Matrix& effective, const PartialLayout& layout,
-                     Partial& partial, float* out) {
+// One strip of columns and the memory that it works in.
+struct Strip {
+  int64_t first;
+  int columns;
+  InputStrip x;
+  Scratch<float> block, dx;
+
+  Strip(int64_t tokens, int64_t block_rows)
+      : first(0),
+        columns(0),
+        x(tokens),
+        block(block_rows * kBlockStride),
+        dx(tokens * kBlockStride) {}
+};
+
+// Contracts G of a block, which lies in the strip, tile by tile.
+void contract_block(const BackwardCall& call, const RowBlock& block, const Strip& strip,
+                    BackwardTile tile, const RightFactor& product, const RightFactor& logits,
+                    float* d_left, float* d_logits_left) {
+  const Member& m = call.group.members[block.member];
+  for (int64_t i = block.begin; i < block.end; i += kTileRows) {
+    tile.rows = static_cast<int>(least(kTileRows, block.end - i));
+    tile.product = {m.a + i * m.rank, product.strip(), m.rank};
+    tile.logits = {m.u + i * m.mask_rank, logits.strip(), m.mask_rank};
+    tile.stream = stream_at(m, i, strip.first);
+    tile.weight = matrix_at(m.weight, i, strip.first);
+    tile.initial = tile.g_forget != 0.0f ? matrix_at(m.initial, i, strip.first) : Matrix{};
+    tile.bits = call.bits + (m.first_row + i) * tile.bits_stride + strip.first / kWordColumns;
+    tile.gradient = strip.block.get() + (i - block.begin) * kBlockStride;
+    tile.d_left = d_left + i * padded_rank(m.rank);
+    tile.d_logits_left = d_logits_left + i * padded_rank(m.mask_rank);
+    active_kernels().backward(tile);
+  }
+}
+
+// The gradients of one member on a strip; its share of dX is added to the strip's.
+void backward_member(const BackwardCall& call, const OutputGradients& dy, size_t k,
+                     const Strip& strip, const PartialLayout& layout, Partial& partial,
+                     float* out) {
   const Member& m = call.group.members[k];
   const int64_t total = call.group.columns;
-  const RightFactor product(m.b, m.rank, total, first, columns);
-  const RightFactor logits(m.v, m.mask_rank, total, first, columns);
+  const RightFactor product(m.b, m.rank, total, strip.first, strip.columns);
+  const RightFactor logits(m.v, m.mask_rank, total, strip.first, strip.columns);
   BackwardTile tile{};
-  tile.columns = columns;
+  tile.columns = strip.columns;
   tile.bias = m.bias;
   tile.scale = call.scale;
   tile.tau = call.tau;
-  tile.g_forget = call.g_forget[k];
+  tile.g_forget = m.initial.data != nullptr ? call.g_forget[k] : 0.0f;
   tile.g_sparse = call.g_sparse[k];
   tile.sparse = call.sparse;
+  tile.composes = call.dx.data != nullptr;
   tile.bits_stride = call.group.words();
   tile.right_transposed = product.transposed();
   tile.logits_right_transposed = logits.transposed();
   tile.d_right = product.gradient();
   tile.d_logits_right = logits.gradient();
   tile.d_bias = &partial.bias[k];
-  const bool forgets = tile.g_forget != 0.0f;
-  for (int64_t i = 0; i < m.rows; i += kTileRows) {
-    const int64_t row = m.first_row + i;
-    tile.rows = static_cast<int>(least(kTileRows, m.rows - i));
-    tile.product = {m.a + i * m.rank, product.strip(), m.rank};
-    tile.logits = {m.u + i * m.mask_rank, logits.strip(), m.mask_rank};
-    tile.stream = stream_at(m, i, first);
-    tile.weight = matrix_at(m.weight, i, first);
-    tile.initial = forgets ? matrix_at(m.initial, i, first) : Matrix{};
-    tile.effective = matrix_at(effective, row, 0);
-    tile.bits = call.bits + row * tile.bits_stride + first / kWordColumns;
-    tile.gradient = matrix_at(gradient, row, 0);
-    tile.d_left = partial.values.get() + layout.a[k] + i * padded_rank(m.rank);
-    tile.d_logits_left = partial.values.get() + layout.u[k] + i * padded_rank(m.mask_rank);
-    active_kernels().backward(tile);
+  for (const RowBlock& block : call.blocks) {
+    if (block.member != static_cast<int>(k)) continue;
+    const int64_t row = first_row(call.group, block), rows = block.end - block.begin;
+    dy.multiply_inputs(row, rows, strip.x.get(), strip.columns, strip.block.get());
+    contract_block(call, block, strip, tile, product, logits, partial.values.get() + layout.a[k],
+                   partial.values.get() + layout.u[k]);
+    if (tile.composes) {
+      dy.multiply_effective(row, rows, strip.block.get(), strip.columns, strip.dx.get());
+    }
   }
   const Offsets at = offsets_of(m, total, 0);
-  product.store_gradient(out + at.b, total, first, columns);
-  logits.store_gradient(out + at.v, total, first, columns);
+  product.store_gradient(out + at.b, total, strip.first, strip.columns);
+  logits.store_gradient(out + at.v, total, strip.first, strip.columns);
 }
 
-void backward_strip(const BackwardCall& call, int64_t first, int columns, const Matrix& gradient,
-                    const Matrix& effective, const PartialLayout& layout, Partial& partial,
-                    float* out) {
-  const int64_t rows = call.group.rows;
-  const Operand x_strip{offset(call.x.data, first, call.gradient_dtype), call.tokens, columns,
-                        call.x.row_stride, 1};
-  if (call.tokens > 0) {
-    product_of({gradient.data, rows, columns, kStripStride, 1}, call.dy.transposed(), x_strip,
-               call.gradient_dtype);
-  } else {
-    std::memset(gradient.data, 0,
-                static_cast<size_t>(rows * kStripStride * size_of(call.gradient_dtype)));
-  }
+void backward_strip(const BackwardCall& call, const OutputGradients& dy, Strip& strip,
+                    const PartialLayout& layout, Partial& partial, float* out) {
+  strip.x.pack(matrix_at(call.x, 0, strip.first), strip.columns);
   for (size_t k = 0; k < call.group.members.size(); ++k) {
-    contract_member(call, k, first, columns, gradient, effective, layout, partial, out);
+    backward_member(call, dy, k, strip, layout, partial, out);
     out += offsets_of(call.group.members[k], call.group.columns, 0).end;
   }
-  if (effective.data == nullptr) return;
-  const Operand dx_strip{offset(call.dx.data, first, call.dtype), call.tokens, columns,
-                         call.group.columns, 1};
-  product_of(dx_strip, call.dy_own, {effective.data, rows, columns, kStripStride, 1}, call.dtype);
+  if (call.dx.data == nullptr) return;
+  for (int64_t t = 0; t < call.tokens; ++t) {
+    active_kernels().convert(strip.dx.get() + t * kBlockStride, DType::kFloat32,
+                             matrix_at(call.dx, t, strip.first).data, call.dx.dtype, strip.columns);
+  }
 }
 
 // Adds all partial sums to the first, slot after slot for each element.
@@ -208,26 +223,20 @@ void copy_without_padding(const float* padded, int64_t rows, int rank, float* ou
   }
 }
 
-void run_strips(const BackwardCall& call, const PartialLayout& layout, float* out,
-                std::vector<std::unique_ptr<Partial>>& partials) {
+void run_strips(const BackwardCall& call, const OutputGradients& dy, const PartialLayout& layout,
+                float* out, std::vector<std::unique_ptr<Partial>>& partials) {
   const int64_t strips = strip_count(call.group);
   const int64_t words = call.group.words();
   const auto slots = static_cast<int64_t>(partials.size());
-  const int64_t elements = call.group.rows * kStripStride;
-  const bool composes = call.dx.data != nullptr;
   parallel(slots, [&](int64_t begin, int64_t end) {
-    Scratch<char> gradient(elements * size_of(call.gradient_dtype));
-    Scratch<char> separate(composes && !call.shares_strip() ? elements * size_of(call.dtype) : 0);
-    char* target = call.shares_strip() ? gradient.get() : separate.get();
-    const Matrix effective{composes ? target : nullptr, kStripStride, call.dtype};
+    Strip strip(call.tokens, largest_block(call.blocks));
     for (int64_t slot = begin; slot < end; ++slot) {
       partials[slot] = std::make_unique<Partial>(layout.floats, call.group.members.size());
       for (int64_t p = part(strips, slots, slot); p < part(strips, slots, slot + 1); ++p) {
-        const int64_t first = part(words, strips, p) * kWordColumns;
+        strip.first = part(words, strips, p) * kWordColumns;
         const int64_t last = least(part(words, strips, p + 1) * kWordColumns, call.group.columns);
-        backward_strip(call, first, static_cast<int>(last - first),
-                       {gradient.get(), kStripStride, call.gradient_dtype}, effective, layout,
-                       *partials[slot], out);
+        strip.columns = static_cast<int>(last - strip.first);
+        backward_strip(call, dy, strip, layout, *partials[slot], out);
       }
     }
   });
@@ -247,13 +256,6 @@ void store_left(const BackwardCall& call, const PartialLayout& layout,
     out[at.bias] = static_cast<float>(bias);
     out += at.end;
   }
-}
-
-void widen(const Operand& from, DType dtype, float* to) {
-  parallel(from.rows, [&](int64_t begin, int64_t end) {
-    active_kernels().to_float(offset(from.data, begin * from.columns, dtype),
-                              to + begin * from.columns, (end - begin) * from.columns, dtype);
-  });
 }
 
 }  // namespace
@@ -282,27 +284,17 @@ std::tuple<Tensor, Tensor> masked_linear_backward(
     STD_TORCH_CHECK(g->numel() == n && g->scalar_type() == ScalarType::Float,
                     "g_forget and g_sparse must be float32 with one element per member");
   }
-  call.dtype = dtype_of(x, "x");
-  // fp16 could overflow in G, and its products are exact in fp32; bf16 keeps the range of fp32
-  call.gradient_dtype = call.dtype == DType::kFloat16 ? DType::kFloat32 : call.dtype;
+  const DType dtype = dtype_of(x, "x");
   call.bits = data_of<const uint32_t>(bits, "bits", ScalarType::Int, rows, call.group.words());
   call.scale = float_of(scale, "scale");
   call.tau = float_of(tau, "tau");
   call.g_forget = static_cast<const float*>(g_forget.data_ptr());
   call.g_sparse = static_cast<const float*>(g_sparse.data_ptr());
   call.sparse = sparse_of(sparse_kind);
-  call.x = {x.data_ptr(), call.tokens, columns, columns, 1};
-  call.dy = call.dy_own = {dy.data_ptr(), call.tokens, rows, rows, 1};
-  const bool widens = call.gradient_dtype != call.dtype;
-  Scratch<float> wide_x(widens ? x.numel() : 0), wide_dy(widens ? dy.numel() : 0);
-  if (widens) {
-    widen(call.x, call.dtype, wide_x.get());
-    widen(call.dy, call.dtype, wide_dy.get());
-    call.x.data = wide_x.get();
-    call.dy.data = wide_dy.get();
-  }
+  call.x = {x.data_ptr(), columns, dtype};
   Tensor dx = need_dx ? torch::stable::empty_like(x) : empty({0}, x.scalar_type());
-  call.dx = {need_dx ? dx.data_ptr() : nullptr, call.tokens, columns, columns, 1};
+  call.dx = {need_dx ? dx.data_ptr() : nullptr, columns, dtype};
+  call.blocks = row_blocks(call.group);
 
   int64_t size = 0;
   for (const Member& m : call.group.members) size = offsets_of(m, columns, size).end;
@@ -311,7 +303,9 @@ std::tuple<Tensor, Tensor> masked_linear_backward(
   const PartialLayout layout(call.group);
   std::vector<std::unique_ptr<Partial>> partials(
       static_cast<size_t>(slot_count(call.group, layout, strip_count(call.group))));
-  run_strips(call, layout, out, partials);
+  const OutputGradients gradients_of_y({dy.data_ptr(), rows, dtype}, call.tokens, call.group,
+                                       call.blocks);
+  run_strips(call, gradients_of_y, layout, out, partials);
   store_left(call, layout, partials, out);
   return {dx, gradients};
 }

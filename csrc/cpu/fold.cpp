@@ -85,11 +85,12 @@ struct FoldBuffers {
 void add_adapter(const Layer& layer, const Adapter& adapter, const Task& task, int64_t rows,
                  int columns, const FoldBuffers& buffers) {
   const Kernels& kernels = active_kernels();
-  kernels.to_float(adapter.a + task.row * adapter.rank, buffers.left.get(), rows * adapter.rank,
-                   DType::kFloat16);
+  kernels.convert(adapter.a + task.row * adapter.rank, DType::kFloat16, buffers.left.get(),
+                  DType::kFloat32, rows * adapter.rank);
   for (int k = 0; k < adapter.rank; ++k) {
     float* strip = buffers.right.get() + k * kTileColumns;
-    kernels.to_float(adapter.b + k * layer.columns + task.column, strip, columns, DType::kFloat16);
+    kernels.convert(adapter.b + k * layer.columns + task.column, DType::kFloat16, strip,
+                    DType::kFloat32, columns);
     for (int j = columns; j < round_up(columns, kWordColumns); ++j) strip[j] = 0.0f;
   }
   for (int64_t i = 0; i < rows; i += kTileRows) {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // sample, compose and the forward of the masked linear.
 //
-// Forward: blocks of about 128 rows of W_eff (fp32: 128 I x 4 bytes, 393 KiB at I = 768, within L2)
-// are composed tile by tile, multiplied by torch's matrix product at once and dropped. Composing an
-// element costs about 4 r flops against 2 N for the product (N tokens), and no byte of W_eff
-// reaches memory.
+// Forward: per block of about 96 rows and strip of 128 columns, W_eff is composed tile by tile and
+// multiplied with X at once. Composing an element costs about 4 r flops against 2 N for the product
+// (N tokens), and no byte of W_eff leaves the cache.
 #include <cstring>
 
 #include "group.h"
 #include "ops.h"
+#include "product.h"
 
 namespace stamina {
 namespace {
@@ -44,46 +44,31 @@ struct ForwardSettings {
   Sparse sparse;
 };
 
-// Draws the bits of a block and, where `effective` has memory, composes its rows of W_eff there.
-void forward_block(const Group& group, const RowBlock& block, const ForwardSettings& settings,
-                   const Matrix& effective, uint32_t* bits, Sums* sums) {
+// Draws the bits of a strip of a block and, where `effective` is given, composes W_eff there.
+void forward_strip(const Group& group, const RowBlock& block, const RightStrips& strips,
+                   int64_t first, int columns, const ForwardSettings& settings, float* effective,
+                   uint32_t* bits, Sums* sums) {
   const Member& member = group.members[block.member];
-  const bool composes = effective.data != nullptr;
-  RightStrips strips(member, composes);
-  const Kernels& kernels = active_kernels();
   ForwardTile tile{};
+  tile.columns = columns;
   tile.bias = member.bias;
   tile.scale = settings.scale;
   tile.sparse = settings.sparse;
   tile.bits_stride = group.words();
   tile.sums = sums;
-  for (int64_t j = 0; j < group.columns; j += kTileColumns) {
-    tile.columns = static_cast<int>(least(kTileColumns, group.columns - j));
-    strips.pack(group.columns, j, tile.columns);
-    for (int64_t i = block.begin; i < block.end; i += kTileRows) {
-      tile.rows = static_cast<int>(least(kTileRows, block.end - i));
-      tile.logits = strips.logits(i);
-      tile.stream = stream_at(member, i, j);
-      tile.bits = bits + (member.first_row + i) * tile.bits_stride + j / kWordColumns;
-      if (composes) {
-        tile.product = strips.product(i);
-        tile.weight = matrix_at(member.weight, i, j);
-        tile.initial = matrix_at(member.initial, i, j);
-        tile.effective = matrix_at(effective, i - block.begin, j);
-      }
-      kernels.forward(tile);
+  for (int64_t i = block.begin; i < block.end; i += kTileRows) {
+    tile.rows = static_cast<int>(least(kTileRows, block.end - i));
+    tile.logits = strips.logits(i);
+    tile.stream = stream_at(member, i, first);
+    tile.bits = bits + (member.first_row + i) * tile.bits_stride + first / kWordColumns;
+    if (effective != nullptr) {
+      tile.product = strips.product(i);
+      tile.weight = matrix_at(member.weight, i, first);
+      tile.initial = matrix_at(member.initial, i, first);
+      tile.effective = effective + (i - block.begin) * kBlockStride;
     }
+    active_kernels().forward(tile);
   }
-}
-
-// Rows of the scratch W_eff: padded, and off the power-of-two strides that collide in the cache.
-int64_t scratch_stride(int64_t columns) { return round_up(columns, kWordColumns) + kLineFloats; }
-
-int64_t largest_block(const std::vector<RowBlock>& blocks) {
-  int64_t rows = 0;
-  for (const RowBlock& block : blocks)
-    rows = rows < block.end - block.begin ? block.end - block.begin : rows;
-  return rows;
 }
 
 // Sums of the blocks per member, in order.
@@ -122,6 +107,46 @@ void* bias_of(const Tensors& bias, const Group& group, ScalarType type) {
   return bias[0].data_ptr();
 }
 
+// What the blocks of one call share.
+struct ForwardCall {
+  Group group;
+  std::vector<RowBlock> blocks;
+  ForwardSettings settings;
+  int64_t tokens;
+  DType dtype;
+  void *x, *bias;
+  Matrix y;
+  uint32_t* bits;
+};
+
+std::vector<Sums> run_forward(const ForwardCall& call) {
+  const Group& group = call.group;
+  const TokenPanels x(Floats(call.x, call.tokens, group.columns, call.dtype).get(), call.tokens,
+                      group.columns);
+  const bool biased = call.bias != nullptr;
+  const Floats bias(call.bias, biased ? 1 : 0, group.rows, call.dtype);
+  const int64_t rows = largest_block(call.blocks);
+  std::vector<Sums> sums(call.blocks.size(), Sums{});
+  parallel(static_cast<int64_t>(call.blocks.size()), [&](int64_t begin, int64_t end) {
+    Scratch<float> effective(rows * kBlockStride), outputs(rows * scratch_stride(call.tokens));
+    for (int64_t p = begin; p < end; ++p) {
+      const RowBlock& block = call.blocks[p];
+      RightStrips strips(group.members[block.member], true);
+      for (int64_t j = 0; j < group.columns; j += kTileColumns) {
+        const int columns = static_cast<int>(least(kTileColumns, group.columns - j));
+        strips.pack(group.columns, j, columns);
+        forward_strip(group, block, strips, j, columns, call.settings, effective.get(), call.bits,
+                      &sums[p]);
+        x.multiply(effective.get(), block.end - block.begin, j, columns, outputs.get());
+      }
+      const int64_t first = first_row(group, block);
+      store_outputs(outputs.get(), block.end - block.begin, call.tokens,
+                    biased ? bias.get() + first : nullptr, matrix_at(call.y, 0, first));
+    }
+  });
+  return sums;
+}
+
 }  // namespace
 
 Tensor sample(const Tensors& U, const Tensors& V, const Tensors& b, const Tensor& seed,
@@ -133,7 +158,12 @@ Tensor sample(const Tensors& U, const Tensors& V, const Tensors& b, const Tensor
   const std::vector<RowBlock> blocks = row_blocks(group);
   parallel(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      forward_block(group, blocks[p], {}, {}, words, nullptr);
+      RightStrips strips(group.members[blocks[p].member], false);
+      for (int64_t j = 0; j < group.columns; j += kTileColumns) {
+        const int columns = static_cast<int>(least(kTileColumns, group.columns - j));
+        strips.pack(group.columns, j, columns);
+        forward_strip(group, blocks[p], strips, j, columns, {}, nullptr, words, nullptr);
+      }
     }
   });
   return bits;
@@ -188,42 +218,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_linear(
     const Tensors& U, const Tensors& V, const Tensors& b, const Tensors& weight_init,
     const Tensor& scale, const Tensor& seed, const Tensor& step, const Integers& layer_id,
     const Integers& row0, const Integers& col0, bool hard, const std::string& sparse_kind) {
-  Group group = logits_group(U, V, b, {seed, step, layer_id, row0, col0, hard});
-  add_products(group, weight, weight_init, A, B);
+  ForwardCall call{};
+  call.group = logits_group(U, V, b, {seed, step, layer_id, row0, col0, hard});
+  const Group& group = call.group;
+  add_products(call.group, weight, weight_init, A, B);
   check_layout(x, "x");
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == group.columns, "x must be of shape [..., ",
                   group.columns, "]");
-  const DType dtype = dtype_of(x, "x");
-  const int64_t tokens = x.numel() / group.columns;
   const auto n = static_cast<int64_t>(weight.size());
   Tensor y = empty_outputs(x, group.rows);
   Tensor forget = empty({n}, ScalarType::Float), sparse = empty({n}, ScalarType::Float);
   Tensor counts = empty({n, 2}, ScalarType::Long);
   Tensor bits = empty({group.rows, group.words()}, ScalarType::Int);
-  void* row_bias = bias_of(bias, group, x.scalar_type());
-  const ForwardSettings settings{float_of(scale, "scale"), sparse_of(sparse_kind)};
-  const Operand inputs{x.data_ptr(), tokens, group.columns, group.columns, 1};
-  auto* words = static_cast<uint32_t*>(bits.data_ptr());
-
-  const std::vector<RowBlock> blocks = row_blocks(group);
-  const int64_t stride = scratch_stride(group.columns);
-  const int64_t block_bytes = largest_block(blocks) * stride * size_of(dtype);
-  std::vector<Sums> sums(blocks.size(), Sums{});
-  parallel(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
-    Scratch<char> effective(block_bytes);
-    for (int64_t p = begin; p < end; ++p) {
-      const RowBlock& block = blocks[p];
-      const int64_t rows = block.end - block.begin;
-      forward_block(group, block, settings, {effective.get(), stride, dtype}, words, &sums[p]);
-      const int64_t column = group.members[block.member].first_row + block.begin;
-      const Operand outputs{offset(y.data_ptr(), column, dtype), tokens, rows, group.rows, 1};
-      const Operand operator_rows{effective.get(), rows, group.columns, stride, 1};
-      product_of(outputs, inputs, operator_rows.transposed(), dtype,
-                 row_bias == nullptr ? nullptr : offset(row_bias, column, dtype));
-    }
-  });
-  store_sums(blocks, sums, group.members.size(), static_cast<float*>(forget.data_ptr()),
-             static_cast<float*>(sparse.data_ptr()), static_cast<int64_t*>(counts.data_ptr()));
+  call.dtype = dtype_of(x, "x");
+  call.blocks = row_blocks(group);
+  call.settings = {float_of(scale, "scale"), sparse_of(sparse_kind)};
+  call.tokens = x.numel() / group.columns;
+  call.x = x.data_ptr();
+  call.bias = bias_of(bias, group, x.scalar_type());
+  call.y = {y.data_ptr(), group.rows, call.dtype};
+  call.bits = static_cast<uint32_t*>(bits.data_ptr());
+  store_sums(call.blocks, run_forward(call), group.members.size(),
+             static_cast<float*>(forget.data_ptr()), static_cast<float*>(sparse.data_ptr()),
+             static_cast<int64_t*>(counts.data_ptr()));
   return {y, forget, sparse, counts, bits};
 }
 

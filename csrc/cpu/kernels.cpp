@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tile kernels; compiled once per instruction set.
 //
-// A tile goes through short passes that each keep their operands in L1: the two low-rank products
-// (L and P), the Philox words, then element-wise passes; the backward ends with four contractions.
+// A tile goes through short passes that keep their operands in L1: the two low-rank products (L and
+// P), an element-wise pass that draws its uniforms row by row; the backward ends with four
+// contractions.
 #include "kernels.h"
 
 #include "tile.h"
@@ -13,118 +14,123 @@ namespace {
 // [u < sigmoid(L)] as u e^-L < 1 - u: no division, no logarithm.
 inline M sample_mask(F u, F e) { return less(mul(u, e), sub(set(1.0f), u)); }
 
-struct VectorSums {
+struct RowSums {
   F forget = set(0.0f);
   F sparse = set(0.0f);
+  int64_t kept = 0, overlap = 0;
 };
 
-template <bool kHard, Sparse kSparse>
-inline void draw_row(const ForwardTile& t, float* logits, const uint32_t* words, uint32_t* bits,
-                     VectorSums& sums) {
-  const F zero = set(0.0f), one = set(1.0f), bias = set(t.bias);
-  F sparse = sums.sparse;
-  for (int j = 0; j < t.columns; j += kWordColumns) {
-    const uint32_t valid = valid_bits(t.columns, j);
-    uint32_t word = 0;
-    for (int v = 0; v < kVectorsPerWord; ++v) {
-      const F logit = add(load(logits + j + v * kWidth), bias);
-      F e = zero;
-      if (!kHard || kSparse == Sparse::kSigmoid) e = exp_negative(logit);
-      const M drawn =
-          kHard ? less(zero, logit) : sample_mask(uniform(load_words(words + j + v * kWidth)), e);
-      word |= bits_of(drawn) << (v * kWidth);
-      const F penalty =
-          kSparse == Sparse::kSigmoid ? reciprocal(add(one, e)) : maximum(zero, logit);
-      sparse = add(sparse, keep(lane_mask(valid, v), penalty));
-    }
-    bits[j / kWordColumns] = word & valid;
+// What the forward does with W: nothing (bits only), W + D, or W + D and the sum of (S (.) D)^2.
+enum class Update { kNone, kPlain, kForgets };
+
+struct ForwardRow {
+  const float *logits, *product;
+  const uint32_t* words;
+  const float *weight, *initial;
+  float* effective;
+  uint32_t* bits;
+};
+
+// kPartial: the row ends within the word.
+template <bool kHard, Sparse kSparse, Update kUpdate, bool kPartial>
+inline void forward_word(const ForwardTile& t, const ForwardRow& row, int j, RowSums& sums) {
+  const F zero = set(0.0f), one = set(1.0f), bias = set(t.bias), scale = set(t.scale);
+  const uint32_t valid = kPartial ? valid_bits(t.columns, j) : ~0u;
+  uint32_t word = 0, changed = 0;
+  STAMINA_UNROLL
+  for (int v = 0; v < kVectorsPerWord; ++v) {
+    const int at = j + v * kWidth;
+    const F logit = add(load(row.logits + at), bias);
+    F e = zero;
+    if (!kHard || kSparse == Sparse::kSigmoid) e = exp_negative(logit);
+    const M drawn = kHard ? less(zero, logit) : sample_mask(uniform(load_words(row.words + at)), e);
+    word |= bits_of(drawn) << (v * kWidth);
+    if (kUpdate == Update::kNone) continue;
+    const F penalty = kSparse == Sparse::kSigmoid ? reciprocal(add(one, e)) : maximum(zero, logit);
+    sums.sparse = add(sums.sparse, kPartial ? keep(lane_mask(valid, v), penalty) : penalty);
+    const F w = load(row.weight + at);
+    const F delta = keep(drawn, mul(scale, load(row.product + at)));
+    store(row.effective + at, add(w, delta));
+    if (kUpdate != Update::kForgets) continue;
+    const F change = sub(w, load(row.initial + at));
+    const F harm = mul(change, delta);
+    sums.forget = fma(harm, harm, sums.forget);
+    changed |= bits_of(not_equal(change, zero)) << (v * kWidth);
   }
-  sums.sparse = sparse;
+  word &= valid;
+  row.bits[j / kWordColumns] = word;
+  sums.kept += __builtin_popcount(word);
+  if (kUpdate == Update::kForgets) sums.overlap += __builtin_popcount(word & changed);
 }
 
-// W + s M (.) P on a row; with kForgets also the sum of (S (.) D)^2 and the count of kept weights
-// that had changed.
-template <bool kForgets>
-inline int compose_row(int columns, float scale, const float* product, const uint32_t* bits,
-                       const float* weight, const float* initial, float* effective,
-                       VectorSums& sums) {
-  const F zero = set(0.0f), factor = set(scale);
-  F forget = sums.forget;
-  int overlap = 0;
-  for (int j = 0; j < columns; j += kWordColumns) {
-    const uint32_t word = bits[j / kWordColumns];
-    uint32_t changed = 0;
-    for (int v = 0; v < kVectorsPerWord; ++v) {
-      const int at = j + v * kWidth;
-      const F w = load(weight + at);
-      const F delta = keep(lane_mask(word, v), mul(factor, load(product + at)));
-      store(effective + at, add(w, delta));
-      if (!kForgets) continue;
-      const F change = sub(w, load(initial + at));
-      const F harm = mul(change, delta);
-      forget = fma(harm, harm, forget);
-      changed |= bits_of(not_equal(change, zero)) << (v * kWidth);
-    }
-    overlap += __builtin_popcount(changed & word);
-  }
-  sums.forget = forget;
-  return overlap;
-}
-
-template <bool kHard, Sparse kSparse>
-void draw_tile(const ForwardTile& t, Tile& logits, const PhiloxTile& words, VectorSums& sums) {
+template <bool kHard, Sparse kSparse, Update kUpdate>
+void forward_rows(const ForwardTile& t, Tile& logits, Tile& product) {
+  constexpr bool kReads = kUpdate != Update::kNone;
+  Row weight(t.weight, t.columns), initial(t.initial, t.columns);
+  PhiloxRows words(t.stream, t.columns);
+  RowSums sums;
   for (int i = 0; i < t.rows; ++i) {
-    draw_row<kHard, kSparse>(t, logits.row(i), words.row(i), t.bits + i * t.bits_stride, sums);
+    prefetch_below(t.weight, i, t.columns);
+    prefetch_below(t.initial, i, t.columns);
+    const ForwardRow row{logits.row(i),
+                         product.row(i),
+                         kHard ? nullptr : words.row(i),
+                         kReads ? weight.read(i) : nullptr,
+                         kUpdate == Update::kForgets ? initial.read(i) : nullptr,
+                         kReads ? t.effective + i * kBlockStride : nullptr,
+                         t.bits + i * t.bits_stride};
+    int j = 0;
+    for (; j + kWordColumns <= t.columns; j += kWordColumns) {
+      forward_word<kHard, kSparse, kUpdate, false>(t, row, j, sums);
+    }
+    if (j < t.columns) forward_word<kHard, kSparse, kUpdate, true>(t, row, j, sums);
   }
+  if (!kReads) return;
+  t.sums->forget += sum(sums.forget);
+  t.sums->sparse += sum(sums.sparse);
+  t.sums->kept += sums.kept;
+  t.sums->overlap += sums.overlap;
 }
 
-template <bool kForgets>
-void compose_tile(const ForwardTile& t, Tile& product, VectorSums& sums) {
-  Row weight(t.weight, t.columns), initial(t.initial, t.columns), effective(t.effective, t.columns);
-  for (int i = 0; i < t.rows; ++i) {
-    prefetch_row(t.initial, i + kTileRows, t.columns);
-    const uint32_t* bits = t.bits + i * t.bits_stride;
-    t.sums->overlap +=
-        compose_row<kForgets>(t.columns, t.scale, product.row(i), bits, weight.read(i),
-                              kForgets ? initial.read(i) : nullptr, effective.target(i), sums);
-    effective.write(i);
-    for (int j = 0; j < t.columns; j += kWordColumns) {
-      t.sums->kept += __builtin_popcount(bits[j / kWordColumns]);
-    }
+template <bool kHard, Sparse kSparse>
+void forward_composed(const ForwardTile& t, Tile& logits) {
+  Tile product;
+  multiply(t.product, t.rows, t.columns, product);
+  t.initial.data != nullptr ? forward_rows<kHard, kSparse, Update::kForgets>(t, logits, product)
+                            : forward_rows<kHard, kSparse, Update::kPlain>(t, logits, product);
+}
+
+template <bool kHard>
+void forward_drawn(const ForwardTile& t, Tile& logits) {
+  if (t.sums == nullptr) {
+    // the cheaper penalty where nobody asks for the sum
+    forward_rows<kHard, Sparse::kRelu, Update::kNone>(t, logits, logits);
+  } else if (t.sparse == Sparse::kRelu) {
+    forward_composed<kHard, Sparse::kRelu>(t, logits);
+  } else {
+    forward_composed<kHard, Sparse::kSigmoid>(t, logits);
   }
 }
 
 void forward(const ForwardTile& t) {
-  Tile values;
-  PhiloxTile words;
-  VectorSums sums;
-  multiply(t.logits, t.rows, t.columns, values);
-  philox_tile(t.stream, t.rows, t.columns, t.weight, words);
-  // the cheaper penalty where nobody asks for the sum
-  const bool relu = t.sums == nullptr || t.sparse == Sparse::kRelu;
-  if (t.stream.hard) {
-    relu ? draw_tile<true, Sparse::kRelu>(t, values, words, sums)
-         : draw_tile<true, Sparse::kSigmoid>(t, values, words, sums);
-  } else {
-    relu ? draw_tile<false, Sparse::kRelu>(t, values, words, sums)
-         : draw_tile<false, Sparse::kSigmoid>(t, values, words, sums);
-  }
-  if (t.sums == nullptr) return;
-  multiply(t.product, t.rows, t.columns, values);
-  t.initial.data != nullptr ? compose_tile<true>(t, values, sums)
-                            : compose_tile<false>(t, values, sums);
-  t.sums->forget += sum(sums.forget);
-  t.sums->sparse += sum(sums.sparse);
+  Tile logits;
+  multiply_exactly(t.logits, t.rows, t.columns, logits);
+  t.stream.hard ? forward_drawn<true>(t, logits) : forward_drawn<false>(t, logits);
 }
 
 void compose(const ComposeTile& t) {
   Tile product;
-  VectorSums unused;
   multiply(t.product, t.rows, t.columns, product);
   Row weight(t.weight, t.columns), effective(t.effective, t.columns);
+  const F scale = set(t.scale);
   for (int i = 0; i < t.rows; ++i) {
-    compose_row<false>(t.columns, t.scale, product.row(i), t.bits + i * t.bits_stride,
-                       weight.read(i), nullptr, effective.target(i), unused);
+    const float *p = product.row(i), *w = weight.read(i);
+    float* target = effective.target(i);
+    for (int j = 0; j < whole_words(t.columns); j += kWidth) {
+      const uint32_t word = t.bits[i * t.bits_stride + j / kWordColumns];
+      const M kept = lane_mask(word, j % kWordColumns / kWidth);
+      store(target + j, add(load(w + j), keep(kept, mul(scale, load(p + j)))));
+    }
     effective.write(i);
   }
 }
@@ -154,67 +160,64 @@ inline F sparse_slope(Sparse kind, F logit, F e) {
 struct BackwardRow {
   float *product, *logits;  // replaced by s M (.) G and dL
   const uint32_t *words, *bits;
-  const float *gradient, *weight, *initial;
-  float* effective;
+  float* gradient;  // replaced by W + D
+  const float *weight, *initial;
 };
 
-template <bool kForgets, bool kComposes, bool kUnitTau>
-inline F backward_row(const BackwardTile& t, const BackwardRow& row) {
-  const F scale = set(t.scale), bias = set(t.bias), g_sparse = set(t.g_sparse);
-  const F inverse_tau = set(1.0f / t.tau);
-  const F twice_g_forget = set(2.0f * t.g_forget);
-  const bool hard = t.stream.hard, penalised = t.g_sparse != 0.0f;
-  const Sparse kind = t.sparse;
-  F d_bias = set(0.0f);
-  for (int j = 0; j < t.columns; j += kWordColumns) {
-    const uint32_t inside = valid_bits(t.columns, j);
-    const uint32_t word = row.bits[j / kWordColumns];
-    for (int v = 0; v < kVectorsPerWord; ++v) {
-      const int at = j + v * kWidth;
-      const M kept = lane_mask(word, v);
-      const F p = load(row.product + at);
-      const F logit = add(load(row.logits + at), bias);
-      F g = load(row.gradient + at);
-      if (kForgets || kComposes) {
-        const F w = load(row.weight + at);
-        const F delta = keep(kept, mul(scale, p));
-        if (kForgets) {
-          const F change = sub(w, load(row.initial + at));
-          g = fma(mul(mul(twice_g_forget, change), change), delta, g);
-        }
-        if (kComposes) store(row.effective + at, add(w, delta));
+template <bool kForgets, bool kComposes, bool kUnitTau, bool kPartial>
+inline void backward_word(const BackwardTile& t, const BackwardRow& row, int j, F& d_bias) {
+  const F scale = set(t.scale), bias = set(t.bias);
+  const uint32_t word = row.bits[j / kWordColumns];
+  STAMINA_UNROLL
+  for (int v = 0; v < kVectorsPerWord; ++v) {
+    const int at = j + v * kWidth;
+    const M kept = lane_mask(word, v);
+    const F p = load(row.product + at);
+    const F logit = add(load(row.logits + at), bias);
+    F g = load(row.gradient + at);
+    if (kForgets || kComposes) {
+      const F w = load(row.weight + at);
+      const F delta = keep(kept, mul(scale, p));
+      if (kForgets) {
+        const F change = sub(w, load(row.initial + at));
+        g = fma(mul(mul(set(2.0f * t.g_forget), change), change), delta, g);
       }
-      const F scaled = mul(scale, g);
-      const F e = exp_negative(logit);
-      const F u = hard ? set(0.5f) : uniform(load_words(row.words + at));
-      F d_logit = mul(mul(scaled, p), soft_slope<kUnitTau>(logit, e, u, inverse_tau));
-      if (penalised) d_logit = fma(g_sparse, sparse_slope(kind, logit, e), d_logit);
-      d_logit = keep(lane_mask(inside, v), d_logit);
-      store(row.product + at, keep(kept, scaled));
-      store(row.logits + at, d_logit);
-      d_bias = add(d_bias, d_logit);
+      if (kComposes) store(row.gradient + at, add(w, delta));
     }
+    const F scaled = mul(scale, g);
+    const F e = exp_negative(logit);
+    const F u = t.stream.hard ? set(0.5f) : uniform(load_words(row.words + at));
+    F d_logit = mul(mul(scaled, p), soft_slope<kUnitTau>(logit, e, u, set(1.0f / t.tau)));
+    if (t.g_sparse != 0.0f) {
+      d_logit = fma(set(t.g_sparse), sparse_slope(t.sparse, logit, e), d_logit);
+    }
+    if (kPartial) d_logit = keep(lane_mask(valid_bits(t.columns, j), v), d_logit);
+    store(row.product + at, keep(kept, scaled));
+    store(row.logits + at, d_logit);
+    d_bias = add(d_bias, d_logit);
   }
-  return d_bias;
 }
 
 template <bool kForgets, bool kComposes, bool kUnitTau>
-void backward_rows(const BackwardTile& t, Tile& product, Tile& logits, const PhiloxTile& words) {
-  Row weight(t.weight, t.columns), initial(t.initial, t.columns), effective(t.effective, t.columns),
-      gradient(t.gradient, t.columns);
+void backward_rows(const BackwardTile& t, Tile& product, Tile& logits) {
+  Row weight(t.weight, t.columns), initial(t.initial, t.columns);
+  PhiloxRows words(t.stream, t.columns);
   F d_bias = set(0.0f);
   for (int i = 0; i < t.rows; ++i) {
-    prefetch_row(t.initial, i + kTileRows, t.columns);
+    if (kForgets || kComposes) prefetch_below(t.weight, i, t.columns);
+    if (kForgets) prefetch_below(t.initial, i, t.columns);
     const BackwardRow row{product.row(i),
                           logits.row(i),
-                          words.row(i),
+                          t.stream.hard ? nullptr : words.row(i),
                           t.bits + i * t.bits_stride,
-                          gradient.read(i),
+                          t.gradient + i * kBlockStride,
                           kForgets || kComposes ? weight.read(i) : nullptr,
-                          kForgets ? initial.read(i) : nullptr,
-                          kComposes ? effective.target(i) : nullptr};
-    d_bias = add(d_bias, backward_row<kForgets, kComposes, kUnitTau>(t, row));
-    if (kComposes) effective.write(i);
+                          kForgets ? initial.read(i) : nullptr};
+    int j = 0;
+    for (; j + kWordColumns <= t.columns; j += kWordColumns) {
+      backward_word<kForgets, kComposes, kUnitTau, false>(t, row, j, d_bias);
+    }
+    if (j < t.columns) backward_word<kForgets, kComposes, kUnitTau, true>(t, row, j, d_bias);
   }
   *t.d_bias += sum(d_bias);
 }
@@ -224,23 +227,21 @@ inline void contract(const LowRank& factors, int rows, int columns, const Tile& 
   const int64_t padded = padded_rank(factors.rank);
   gemm<true>(rows, static_cast<int>(padded), columns, {grad.values, kTileColumns, 1},
              right_transposed, padded, d_left, padded);
-  gemm<true>(factors.rank, columns, rows, {factors.left, 1, factors.rank}, grad.values,
+  gemm<true>(factors.rank, whole_words(columns), rows, {factors.left, 1, factors.rank}, grad.values,
              kTileColumns, d_right, kTileColumns);
 }
 
 void backward(const BackwardTile& t) {
   Tile logits, product;
-  PhiloxTile words;
-  multiply(t.logits, t.rows, t.columns, logits);
+  const bool forgets = t.initial.data != nullptr;
+  multiply_exactly(t.logits, t.rows, t.columns, logits);
   multiply(t.product, t.rows, t.columns, product);
-  philox_tile(t.stream, t.rows, t.columns, t.weight, words);
   constexpr decltype(&backward_rows<true, true, true>) kPasses[2][2][2] = {
       {{backward_rows<false, false, false>, backward_rows<false, false, true>},
        {backward_rows<false, true, false>, backward_rows<false, true, true>}},
       {{backward_rows<true, false, false>, backward_rows<true, false, true>},
        {backward_rows<true, true, false>, backward_rows<true, true, true>}}};
-  kPasses[t.initial.data != nullptr][t.effective.data != nullptr][t.tau == 1.0f](t, product, logits,
-                                                                                 words);
+  kPasses[forgets][t.composes][t.tau == 1.0f](t, product, logits);
   contract(t.product, t.rows, t.columns, product, t.right_transposed, t.d_left, t.d_right);
   contract(t.logits, t.rows, t.columns, logits, t.logits_right_transposed, t.d_logits_left,
            t.d_logits_right);
@@ -280,15 +281,15 @@ bool round_sum(const float* total, const void* source, void* target, int columns
   return broken == 0;
 }
 
-void to_float(const void* source, float* target, int64_t n, DType dtype) {
-  copy_values({const_cast<void*>(source), 0, dtype}, {target, 0, DType::kFloat32}, n);
+void convert(const void* source, DType from, void* target, DType to, int64_t n) {
+  copy_values({const_cast<void*>(source), 0, from}, {target, 0, to}, n);
 }
 
 void philox_words(const Stream& stream, int rows, int columns, uint32_t* out) {
-  PhiloxTile words;
-  philox_tile(stream, rows, columns, {}, words);
+  PhiloxRows words(stream, columns);
   for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < columns; ++j) out[i * columns + j] = words.row(i)[j];
+    const uint32_t* row = words.row(i);
+    for (int j = 0; j < columns; ++j) out[i * columns + j] = row[j];
   }
 }
 
@@ -296,7 +297,15 @@ void philox_words(const Stream& stream, int rows, int columns, uint32_t* out) {
 
 #define STAMINA_TEXT(x) #x
 #define STAMINA_NAME(x) STAMINA_TEXT(x)
-extern const Kernels kernels = {
-    STAMINA_NAME(STAMINA_ISA), forward, compose, backward, fold, round_sum, to_float, philox_words};
+extern const Kernels kernels = {STAMINA_NAME(STAMINA_ISA),
+                                kPanelColumns,
+                                forward,
+                                compose,
+                                backward,
+                                fold,
+                                block_product,
+                                round_sum,
+                                convert,
+                                philox_words};
 
 }  // namespace stamina::STAMINA_ISA

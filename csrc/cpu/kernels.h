@@ -10,12 +10,14 @@
 
 namespace stamina {
 
-// A tile is at most kTileRows x kTileColumns: its three fp32 arrays (24 KiB) and the matching
-// strips of B and V (16 KiB at rank 16) stay in L1, and each strip is read once for kTileRows rows.
-constexpr int kTileRows = 16;
+// A tile is at most kTileRows x kTileColumns: its fp32 arrays (6 KiB each) and the matching strips
+// of B and V (16 KiB at rank 16) stay in L1 and L2, and each strip is read once for kTileRows rows.
+constexpr int kTileRows = 12;
 constexpr int kTileColumns = 128;
 constexpr int kWordColumns = 32;  // columns per word of mask bits
 constexpr int kLineFloats = 16;   // padding unit of all scratch arrays
+// Off the power-of-two stride, at which lines of a column collide in the cache.
+constexpr int64_t kBlockStride = kTileColumns + kLineFloats;
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 
@@ -36,6 +38,21 @@ struct Stream {
   bool hard;
 };
 
+// out (rows x columns) = or += left right: one chain of multiply-adds per element over ascending k.
+// Element (i, k) of left is left[i * left_row + k * left_inner]. right comes in panels of
+// Kernels::panel_columns columns: element (k, j) of one is right[k * right_row + j], and panels are
+// right_panel apart. right and out have columns up to a multiple of kLineFloats.
+struct Product {
+  int64_t rows, columns, inner;
+  const float* left;
+  int64_t left_row, left_inner;
+  const float* right;
+  int64_t right_panel, right_row;
+  float* out;
+  int64_t out_stride;
+  bool accumulate;
+};
+
 // One low-rank product of the tile: left rows x rank (row stride `rank`), right rank x columns with
 // row stride kTileColumns, zero beyond the tile's columns.
 struct LowRank {
@@ -51,17 +68,19 @@ struct Sums {
   int64_t kept, overlap;
 };
 
-// Draws the mask of the tile, writes bits and (where `effective` is given) W + s M (.) (A B).
+// Draws the mask of the tile, writes bits and, where sums are given, W + s M (.) (A B) in rows of
+// kBlockStride floats.
 struct ForwardTile {
   int rows, columns;
   LowRank product, logits;
   float bias, scale;
   Stream stream;
   Sparse sparse;
-  Matrix weight, initial, effective;  // data null where absent; effective null: bits only
+  Matrix weight, initial;  // data null where absent
+  float* effective;
   uint32_t* bits;
   int64_t bits_stride;
-  Sums* sums;
+  Sums* sums;  // null: bits only
 };
 
 // W + s M (.) (A B) from given bits.
@@ -74,18 +93,20 @@ struct ComposeTile {
   int64_t bits_stride;
 };
 
-// Contracts the tile of dY^T X into the gradients of the factors. Transposed strips of B and V have
-// `columns` rows of `padded_rank` floats; gradients are accumulated.
+// Contracts the tile of G = dY^T X, rows of kBlockStride floats, into the gradients of the factors,
+// which are accumulated; with `composes` W + s M (.) (A B) takes its place. Transposed strips of B
+// and V have `columns` rows of `padded_rank` floats.
 struct BackwardTile {
   int rows, columns;
   LowRank product, logits;
   float bias, scale, tau, g_forget, g_sparse;
   Stream stream;
   Sparse sparse;
-  Matrix weight, initial, effective;  // effective null: not wanted; may share gradient's memory
+  bool composes;
+  Matrix weight, initial;  // initial.data null: no g_forget
   const uint32_t* bits;
   int64_t bits_stride;
-  Matrix gradient;
+  float* gradient;
   const float *right_transposed, *logits_right_transposed;
   float *d_left, *d_logits_left;    // rows x padded rank
   float *d_right, *d_logits_right;  // rank x kTileColumns
@@ -104,13 +125,16 @@ struct FoldTile {
 
 struct Kernels {
   const char* name;
+  int64_t panel_columns;  // a divisor of kTileColumns
   void (*forward)(const ForwardTile&);
   void (*compose)(const ComposeTile&);
   void (*backward)(const BackwardTile&);
   void (*fold)(const FoldTile&);
+  void (*multiply)(const Product&);
   // target = round(source + total) on at most kTileColumns; returns whether all results are finite
   bool (*round_sum)(const float* total, const void* source, void* target, int columns, DType dtype);
-  void (*to_float)(const void* source, float* target, int64_t n, DType dtype);
+  // n values from one dtype to another, rounded to nearest even
+  void (*convert)(const void* source, DType from, void* target, DType to, int64_t n);
   // the raw words behind the uniforms of a tile, rows x columns
   void (*philox_words)(const Stream&, int rows, int columns, uint32_t* out);
 };

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the operations need from torch, through its stable ABI: checked views of tensors, matrix
-// products on raw memory, scratch memory.
+// What the operations need from torch, through its stable ABI: checked views of tensors, threads,
+// scratch memory.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,11 +23,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Integers = std::vector<int64_t>;
-
-inline ScalarType scalar_type(DType dtype) {
-  if (dtype == DType::kFloat32) return ScalarType::Float;
-  return dtype == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
-}
 
 inline DType dtype_of(ScalarType type, const char* name) {
   if (type == ScalarType::Float) return DType::kFloat32;
@@ -98,49 +92,14 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
-// A strided matrix in raw memory for the vendor's matrix product.
-struct Operand {
-  void* data;
-  int64_t rows, columns, row_stride, column_stride;
-
-  Operand transposed() const { return {data, columns, rows, column_stride, row_stride}; }
-};
-
 inline void* offset(void* data, int64_t elements, DType dtype) {
   return static_cast<char*>(data) + elements * size_of(dtype);
 }
 
-inline Tensor view_of(const Operand& m, DType dtype) {
-  const int64_t sizes[] = {m.rows, m.columns};
-  const int64_t strides[] = {m.row_stride, m.column_stride};
-  return torch::stable::from_blob(m.data, {sizes, 2}, {strides, 2},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  scalar_type(dtype));
-}
-
-// out = left right (+ bias, a row repeated). The shim calls the CPU kernel itself: no dispatcher,
-// hence no thread-local mode (autocast, inference, gradients) can interfere from a pool thread.
-inline void product_of(const Operand& out, const Operand& left, const Operand& right, DType dtype,
-                       void* bias = nullptr) {
-  if (out.rows == 0 || out.columns == 0) return;
-  Tensor target = view_of(out, dtype), a = view_of(left, dtype), b = view_of(right, dtype);
-  if (bias == nullptr) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), a.get(), b.get()));
-    return;
-  }
-  Tensor row = view_of({bias, out.rows, out.columns, 0, 1}, dtype);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(target.get(), row.get(), a.get(), b.get(), 1.0, 1.0));
-}
-
-// Runs body(begin, end) over [0, count) on torch's threads. Always inside a parallel region where
-// there are several threads, so that the vendor's products within use one thread each and round
-// alike for every number of threads.
+// Runs body(begin, end) over [0, count) on torch's threads.
 template <class Body>
 inline void parallel(int64_t count, const Body& body) {
-  torch::stable::parallel_for(0, count < 2 ? 2 : count, 1, [&](int64_t begin, int64_t end) {
-    if (begin < count) body(begin, end < count ? end : count);
-  });
+  if (count > 0) torch::stable::parallel_for(0, count, 1, body);
 }
 
 }  // namespace stamina

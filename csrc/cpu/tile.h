@@ -9,18 +9,14 @@ namespace stamina::STAMINA_ISA {
 namespace {
 
 constexpr int kVectorsPerWord = kWordColumns / kWidth;
+// Philox works on this many vectors of counters at once, whose chains of multiplications overlap.
+constexpr int kChains = 2;
 // room for the columns before the tile that share its first counter
-constexpr int kPhiloxStride = kTileColumns + kWordColumns;
+constexpr int kPhiloxWords = kTileColumns + 4 * kCounters * kChains;
 
 struct alignas(64) Tile {
   float values[kTileRows * kTileColumns];
   float* row(int i) { return values + i * kTileColumns; }
-};
-
-struct alignas(64) PhiloxTile {
-  uint32_t words[kTileRows * kPhiloxStride];
-  int offset;  // of column 0 in each row
-  const uint32_t* row(int i) const { return words + i * kPhiloxStride + offset; }
 };
 
 inline int whole_words(int columns) { return static_cast<int>(round_up(columns, kWordColumns)); }
@@ -30,13 +26,28 @@ inline void multiply(const LowRank& product, int rows, int columns, Tile& out) {
               product.right, kTileColumns, out.values, kTileColumns);
 }
 
+// The product behind mask bits: fused on every instruction set.
+inline void multiply_exactly(const LowRank& product, int rows, int columns, Tile& out) {
+  if constexpr (kFused) return multiply(product, rows, columns, out);
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < whole_words(columns); j += kWidth) {
+      F sum = set(0.0f);
+      for (int k = 0; k < product.rank; ++k) {
+        sum = fma(set(product.left[i * product.rank + k]),
+                  load(product.right + k * kTileColumns + j), sum);
+      }
+      store(out.row(i) + j, sum);
+    }
+  }
+}
+
 // Philox in vectors. Lanes hold 32-bit words; what their upper halves carry never matters, since
 // only low words enter a product. After two of the ten rounds the state still splits into a part
 // that depends on the column alone and one that depends on the row alone:
 //   round 1: (hi(m1 step) ^ row ^ k,  lo(m1 step),  hi(m0 c) ^ layer ^ k',  lo(m0 c))
 // so those two are done once per tile and once per row, and the other eight per element.
 constexpr int kSharedRounds = 2;
-constexpr int kCounterGroups = kPhiloxStride / 4 / kCounters;
+constexpr int kCounterGroups = kPhiloxWords / 4 / kCounters;
 
 inline uint32_t high_word(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 inline PhiloxKey next_key(PhiloxKey key) {
@@ -75,17 +86,31 @@ class PhiloxVectors {
     const Q key = set_lane(next_key(key_).high);
     const Q multiplier0 = set_lane(kPhiloxMultiplier0);
     const Q multiplier1 = set_lane(kPhiloxMultiplier1);
-    for (int g = 0; g < groups; ++g) {
-      Q c0 = c0_[g], c1 = c1_[g], c2 = xor3(row_high, c2_[g], key), c3 = row_low;
-      for (int round = kSharedRounds; round < kPhiloxRounds; ++round) {
-        const Q product0 = multiply_low_words(c0, multiplier0);
-        const Q product1 = multiply_low_words(c2, multiplier1);
-        c0 = xor3(high_words(product1), c1, low_[round]);
-        c1 = product1;
-        c2 = xor3(high_words(product0), c3, high_[round]);
-        c3 = product0;
+    for (int g = 0; g < groups; g += kChains) {
+      Q c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+      STAMINA_UNROLL
+      for (int n = 0; n < kChains; ++n) {
+        c0[n] = c0_[g + n];
+        c1[n] = c1_[g + n];
+        c2[n] = xor3(row_high, c2_[g + n], key);
+        c3[n] = row_low;
       }
-      store_philox(out + 4 * kCounters * g, c0, c1, c2, c3);
+      STAMINA_UNROLL
+      for (int round = kSharedRounds; round < kPhiloxRounds; ++round) {
+        STAMINA_UNROLL
+        for (int n = 0; n < kChains; ++n) {
+          const Q product0 = multiply_low_words(c0[n], multiplier0);
+          const Q product1 = multiply_low_words(c2[n], multiplier1);
+          c0[n] = xor3(high_words(product1), c1[n], low_[round]);
+          c1[n] = product1;
+          c2[n] = xor3(high_words(product0), c3[n], high_[round]);
+          c3[n] = product0;
+        }
+      }
+      STAMINA_UNROLL
+      for (int n = 0; n < kChains; ++n) {
+        store_philox(out + 4 * kCounters * (g + n), c0[n], c1[n], c2[n], c3[n]);
+      }
     }
   }
 
@@ -100,27 +125,39 @@ inline char* address(const Matrix& m, int64_t row) {
   return static_cast<char*>(m.data) + row * m.stride * size_of(m.dtype);
 }
 
-// Rows of a strip are short and far apart, which defeats the hardware's prefetcher.
-inline void prefetch_row(const Matrix& m, int64_t row, int columns) {
+// Asks for the row a tile below. Rows of a strip are short and far apart, which defeats the
+// hardware's prefetcher; beyond the matrix the request is void.
+inline void prefetch_below(const Matrix& m, int64_t row, int columns) {
   if (m.data == nullptr) return;
-  const int64_t bytes = columns * size_of(m.dtype);
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(address(m, row) + at, 0, 2);
-}
-
-// Also asks for the tile's weights, which the element-wise pass needs next.
-inline void philox_tile(const Stream& stream, int rows, int columns, const Matrix& weight,
-                        PhiloxTile& tile) {
-  tile.offset = static_cast<int>(stream.column & 3);
-  const int counters = (tile.offset + whole_words(columns) + 3) / 4;
-  const int groups = (counters + kCounters - 1) / kCounters;
-  const PhiloxVectors vectors(stream, groups);
-  for (int i = 0; i < rows; ++i) {
-    prefetch_row(weight, i, columns);
-    if (stream.hard) continue;
-    vectors.write_row(static_cast<uint32_t>(stream.row + i), groups,
-                      tile.words + i * kPhiloxStride);
+  const auto begin = reinterpret_cast<uintptr_t>(address(m, row)) +
+                     static_cast<uintptr_t>(kTileRows * m.stride * size_of(m.dtype));
+  const auto bytes = static_cast<uintptr_t>(columns * size_of(m.dtype));
+  for (uintptr_t at = 0; at < bytes; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + at), 0, 2);
   }
 }
+
+// The words behind the uniforms of a tile, a row at a time.
+class PhiloxRows {
+ public:
+  PhiloxRows(const Stream& stream, int columns)
+      : first_row_(static_cast<uint32_t>(stream.row)),
+        offset_(static_cast<int>(stream.column & 3)),
+        groups_(static_cast<int>(round_up(offset_ + whole_words(columns), 4 * kCounters * kChains) /
+                                 (4 * kCounters))),
+        vectors_(stream, groups_) {}
+
+  const uint32_t* row(int i) {
+    vectors_.write_row(first_row_ + static_cast<uint32_t>(i), groups_, words_);
+    return words_ + offset_;
+  }
+
+ private:
+  uint32_t first_row_;
+  int offset_, groups_;
+  PhiloxVectors vectors_;
+  alignas(64) uint32_t words_[kPhiloxWords];
+};
 
 inline uint32_t valid_bits(int columns, int j) {
   const int valid = columns - j;

@@ -10,8 +10,9 @@ namespace stamina::avx2 {
 namespace {
 
 constexpr int kWidth = 8;
-constexpr int kGemmRows = 4;
+constexpr int kGemmRows = 6;
 constexpr int kGemmVectors = 2;
+constexpr int kInnerRows = 256;
 
 using F = __m256;
 using U = __m256i;
@@ -25,6 +26,9 @@ inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+constexpr bool kFused = true;
+inline F multiply_add(F a, F b, F c) { return fma(a, b, c); }
+// The second operand is returned where it is NaN.
 inline F maximum(F bound, F x) { return _mm256_max_ps(bound, x); }
 inline F minimum(F bound, F x) { return _mm256_min_ps(bound, x); }
 inline F reciprocal(F x) { return _mm256_div_ps(set(1.0f), x); }

@@ -10,8 +10,9 @@ namespace stamina::avx512 {
 namespace {
 
 constexpr int kWidth = 16;
-constexpr int kGemmRows = 4;
+constexpr int kGemmRows = 6;
 constexpr int kGemmVectors = 4;
+constexpr int kInnerRows = 160;
 
 using F = __m512;
 using U = __m512i;
@@ -25,6 +26,8 @@ inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+constexpr bool kFused = true;
+inline F multiply_add(F a, F b, F c) { return fma(a, b, c); }
 // The second operand is returned where it is NaN.
 inline F maximum(F bound, F x) { return _mm512_max_ps(bound, x); }
 inline F minimum(F bound, F x) { return _mm512_min_ps(bound, x); }

@@ -13,6 +13,7 @@ namespace {
 constexpr int kWidth = 4;
 constexpr int kGemmRows = 4;
 constexpr int kGemmVectors = 2;
+constexpr int kInnerRows = 256;
 
 struct F {
   float v[kWidth];
@@ -57,6 +58,13 @@ inline F mul(F a, F b) {
 inline F fma(F a, F b, F c) {
   return lanes<F>([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
 }
+// Where there is no such instruction, only mask bits are worth the price of one rounding.
+#if defined(__FP_FAST_FMAF)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+inline F multiply_add(F a, F b, F c) { return kFused ? fma(a, b, c) : add(mul(a, b), c); }
 inline F maximum(F bound, F x) {
   return lanes<F>([&](int i) { return bound.v[i] > x.v[i] ? bound.v[i] : x.v[i]; });
 }

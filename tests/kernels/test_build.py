@@ -65,5 +65,5 @@ def test_only_stable_symbols_are_imported():
     imported = set(re.findall(r" [Uw] ([^\s@]+)", listing))
     # the C and C++ runtimes are the only others
     torch_symbols = {name for name in imported if re.search(r"torch|c10|at[0-9]|^_?Py", name)}
-    assert {"torch_parallel_for", "aoti_torch_cpu_mm_out"} <= torch_symbols
+    assert "torch_parallel_for" in torch_symbols
     assert all(re.match(r"(aoti_)?torch_\w+$", name) for name in torch_symbols), torch_symbols
