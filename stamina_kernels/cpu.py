@@ -59,7 +59,7 @@ def sample(
     hard: bool,
 ) -> Tensor:
     """Mask bits of the group, int32 [sum O, ceil(I / 32)]."""
-    bits: Tensor = _library().sample(U, V, b, seed, step, layer_id, row0, col0, hard)
+    bits: Tensor = _library().sample.default(U, V, b, seed, step, layer_id, row0, col0, hard)
     return bits
 
 
@@ -72,7 +72,7 @@ def compose(
     dtype: torch.dtype,
 ) -> Tensor:
     """W_eff of the group from its bits, [sum O, I] in `dtype`, one rounding."""
-    effective: Tensor = _library().compose(weight, A, B, bits, scale, dtype)
+    effective: Tensor = _library().compose.default(weight, A, B, bits, scale, dtype)
     return effective
 
 
@@ -98,7 +98,7 @@ def masked_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Y, forget, sparse, counts and bits of the group; tau matters in the backward only."""
     joined = [torch.cat([row.to(x.dtype) for row in bias])] if bias else []
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _library().masked_linear(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _library().masked_linear.default(
         x, weight, joined, A, B, U, V, b, weight_init, scale, seed, step,
         layer_id, row0, col0, hard, sparse_kind,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def masked_linear_backward(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     """dX (empty unless need_dx) and the flat gradients; the same for any number of threads."""
-    gradients: tuple[Tensor, Tensor] = _library().masked_linear_backward(
+    gradients: tuple[Tensor, Tensor] = _library().masked_linear_backward.default(
         dy, x, weight, A, B, U, V, b, weight_init, bits, scale, tau, seed, step, g_forget, g_sparse,
         layer_id, row0, col0, hard, sparse_kind, need_dx,
     )  # fmt: skip
@@ -156,6 +156,6 @@ def fold_(
     first: Sequence[int],
 ) -> None:
     """Fold in place, all layers at once; see `reference.fold_`."""
-    overflowed = _library().fold_(weight, weight_init, A, B, scale, bits, first)
+    overflowed = _library().fold_.default(weight, weight_init, A, B, scale, bits, first)
     if overflowed >= 0:
         raise reference.fold_overflow(overflowed, weight[overflowed].dtype)

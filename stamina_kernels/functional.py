@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stamina_kernels import dispatch, ops  # noqa: F401  (importing ops declares torch.ops.stamina)
+from stamina_kernels import dispatch, ops
 from stamina_kernels.checks import (
     FACTORS,
     FLOATS,
@@ -94,8 +94,8 @@ def masked_linear(
             p.weight.dtype.itemsize == x.dtype.itemsize and p.weight.dtype != x.dtype
         ):
             fail(f"projections[{k}].weight", p.weight.dtype, f"{x.dtype} as x, or wider", TypeError)
-    output = torch.ops.stamina.masked_linear(
-        x.contiguous(), *(_column(group, f) for f in ("weight", "bias", *FACTORS, "weight_init")),
+    output = ops.masked_linear(
+        x.contiguous(), [_column(group, f) for f in ("weight", "bias", *FACTORS, "weight_init")],
         scale, tau, seed, step, *(_column(group, f) for f in ("layer_id", "row0", "col0")),
         hard, sparse_kind, _resolve(backend, x, accumulate),
     )  # fmt: skip

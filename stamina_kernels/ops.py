@@ -68,9 +68,10 @@ def _make_implementation(name: str) -> Any:
     return implementation
 
 
+_implementations = {name: _make_implementation(name) for name in _SCHEMAS}
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_name, _make_implementation(_name), "CompositeExplicitAutograd")
+    _library.impl(_name, _implementations[_name], "CompositeExplicitAutograd")
 
 
 def _words(in_features: Any) -> Any:
@@ -155,43 +156,97 @@ for _name, _fake in _FAKES.items():
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _bias, A, B, U, V, b, weight_init, scale, tau, seed, step, *static = inputs
-    bits = output[4]
-    ctx.mark_non_differentiable(output[3], bits)
+    x, weight, bias, A, B, U, V, b, weight_init, scale, tau, seed, step, *static = inputs
+    ctx.mark_non_differentiable(output[3], output[4])
     ctx.members = len(weight)
     ctx.has_initial = bool(weight_init)
-    ctx.biases = len(_bias)
+    ctx.biases = len(bias)
     ctx.static = static
     ctx.save_for_backward(
-        x, bits, scale, tau, seed, step, *weight, *A, *B, *U, *V, *b, *weight_init
+        x, output[4], scale, tau, seed, step, *weight, *A, *B, *U, *V, *b, *weight_init
     )
+
+
+def _gradients(ctx: Any, backward: Any, dy: Tensor, g_forget: Tensor, g_sparse: Tensor) -> Any:
+    """dx, or None where x needs no gradient, and the lists dA, dB, dU, dV, db."""
+    x, bits, scale, tau, seed, step, *lists = ctx.saved_tensors
+    n = ctx.members
+    weight, A, B, U, V, b, initial = (list(lists[k * n : (k + 1) * n]) for k in range(7))
+    layer_id, row0, col0, hard, sparse_kind, backend = ctx.static
+    needs_dx = ctx.needs_input_grad[0]
+    dx, flat = backward(
+        dy.contiguous(), x, weight, A, B, U, V, b, initial, bits, scale, tau, seed, step,
+        g_forget.contiguous(), g_sparse.contiguous(), layer_id, row0, col0, hard, sparse_kind,
+        needs_dx, backend,
+    )  # fmt: skip
+    parts = flat.split([t.numel() for k in range(n) for t in (A[k], B[k], U[k], V[k], b[k])])
+    factors = [
+        [parts[5 * k + f].view_as(factor[k]) for k in range(n)]
+        for f, factor in enumerate((A, B, U, V, b))
+    ]
+    return dx if needs_dx else None, factors
 
 
 def _backward(
     ctx: Any, dy: Tensor, g_forget: Tensor, g_sparse: Tensor, _counts: Any, _bits: Any
 ) -> tuple[Any, ...]:
-    x, bits, scale, tau, seed, step, *lists = ctx.saved_tensors
-    n = ctx.members
-    weight, A, B, U, V, b, initial = (list(lists[k * n : (k + 1) * n]) for k in range(7))
-    layer_id, row0, col0, hard, sparse_kind, backend = ctx.static
-    dx, flat = torch.ops.stamina.masked_linear_backward(
-        dy.contiguous(), x, weight, A, B, U, V, b, initial, bits, scale, tau, seed, step,
-        g_forget.contiguous(), g_sparse.contiguous(), layer_id, row0, col0, hard, sparse_kind,
-        ctx.needs_input_grad[0], backend,
-    )  # fmt: skip
-    sizes = [t.numel() for k in range(n) for t in (A[k], B[k], U[k], V[k], b[k])]
-    parts = flat.split(sizes)
-    dA, dB, dU, dV, db = (
-        [parts[5 * k + f].view_as(factor[k]) for k in range(n)]
-        for f, factor in enumerate((A, B, U, V, b))
+    dx, factors = _gradients(
+        ctx, torch.ops.stamina.masked_linear_backward, dy, g_forget, g_sparse
     )
-    none = [None] * n
+    none = [None] * ctx.members
     return (
-        dx if ctx.needs_input_grad[0] else None,
-        none, [None] * ctx.biases, dA, dB, dU, dV, db, none if ctx.has_initial else [],
-        *[None] * 4,
-        *[None] * len(ctx.static),
+        dx, none, [None] * ctx.biases, *factors, none if ctx.has_initial else [],
+        *[None] * 4, *[None] * len(ctx.static),
     )  # fmt: skip
+
+
+class _Eager(torch.autograd.Function):
+    """The operation for eager calls: the same implementations and formula. torch.library's handling
+    of lists takes half a millisecond a call, as long as a small projection itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Sequence[int], rest: Any, *tensors: Tensor) -> Any:
+        members = iter(tensors)
+        lists = [[next(members) for _ in range(length)] for length in lengths]
+        inputs = (x, *lists, *rest)
+        output = _implementations["masked_linear"](*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, g_forget: Tensor, g_sparse: Tensor, *_: Any) -> Any:
+        # the operation itself where a graph of the backward is wanted: it says that there is none
+        backward = (
+            torch.ops.stamina.masked_linear_backward
+            if torch.is_grad_enabled()
+            else _implementations["masked_linear_backward"]
+        )
+        dx, factors = _gradients(ctx, backward, dy, g_forget, g_sparse)
+        none = [None] * ctx.members
+        flat = [gradient for factor in factors for gradient in factor]
+        return (
+            dx, None, None, *none, *[None] * ctx.biases, *flat, *(none if ctx.has_initial else [])
+        )  # fmt: skip
+
+
+def _is_plain_eager(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing but autograd watches: no compiler, mode, transform or tensor subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def masked_linear(x: Tensor, lists: Sequence[Sequence[Tensor]], *rest: Any) -> Any:
+    """`torch.ops.stamina.masked_linear(x, *lists, *rest)`, by the shortest way to it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.stamina.masked_linear(x, *lists, *rest)
+    tensors = [t for members in lists for t in members]
+    if _is_plain_eager([x, *tensors]):
+        return _Eager.apply(x, [len(members) for members in lists], rest, *tensors)
+    return torch.ops.stamina.masked_linear(x, *lists, *rest)
 
 
 torch.library.register_autograd(

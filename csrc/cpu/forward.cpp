@@ -4,8 +4,6 @@
 // Forward: per block of about 96 rows and strip of 128 columns, W_eff is composed tile by tile and
 // multiplied with X at once. Composing an element costs about 4 r flops against 2 N for the product
 // (N tokens), and no byte of W_eff leaves the cache.
-#include <cstring>
-
 #include "group.h"
 #include "ops.h"
 #include "product.h"
@@ -13,31 +11,46 @@
 namespace stamina {
 namespace {
 
-// The strips of the two right factors for one range of columns.
+// The right factors of one member, cut into strips of kTileColumns columns that all blocks share.
 class RightStrips {
  public:
-  RightStrips(const Member& member, bool with_product)
+  RightStrips(const Member& member, int64_t columns)
       : member_(member),
-        product_(with_product ? member.rank * kTileColumns : 0),
-        logits_(member.mask_rank * kTileColumns) {}
+        product_(member.rank * round_up(columns, kTileColumns)),
+        logits_(member.mask_rank * round_up(columns, kTileColumns)) {
+    parallel(count_of(columns, kTileColumns), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t first = p * kTileColumns;
+        const int width = static_cast<int>(least(kTileColumns, columns - first));
+        if (member.b != nullptr) {
+          pack_strip(member.b, member.rank, columns, first, width,
+                     product_.get() + first * member.rank);
+        }
+        pack_strip(member.v, member.mask_rank, columns, first, width,
+                   logits_.get() + first * member.mask_rank);
+      }
+    });
+  }
 
-  void pack(int64_t total, int64_t first, int columns) {
-    if (member_.b != nullptr) {
-      pack_strip(member_.b, member_.rank, total, first, columns, product_.get());
-    }
-    pack_strip(member_.v, member_.mask_rank, total, first, columns, logits_.get());
+  LowRank product(int64_t row, int64_t first) const {
+    return {member_.a + row * member_.rank, product_.get() + first * member_.rank, member_.rank};
   }
-  LowRank product(int64_t row) const {
-    return {member_.a + row * member_.rank, product_.get(), member_.rank};
-  }
-  LowRank logits(int64_t row) const {
-    return {member_.u + row * member_.mask_rank, logits_.get(), member_.mask_rank};
+  LowRank logits(int64_t row, int64_t first) const {
+    return {member_.u + row * member_.mask_rank, logits_.get() + first * member_.mask_rank,
+            member_.mask_rank};
   }
 
  private:
   const Member& member_;
   Scratch<float> product_, logits_;
 };
+
+std::vector<RightStrips> right_strips(const Group& group) {
+  std::vector<RightStrips> strips;
+  strips.reserve(group.members.size());
+  for (const Member& member : group.members) strips.emplace_back(member, group.columns);
+  return strips;
+}
 
 struct ForwardSettings {
   float scale;
@@ -58,11 +71,11 @@ void forward_strip(const Group& group, const RowBlock& block, const RightStrips&
   tile.sums = sums;
   for (int64_t i = block.begin; i < block.end; i += kTileRows) {
     tile.rows = static_cast<int>(least(kTileRows, block.end - i));
-    tile.logits = strips.logits(i);
+    tile.logits = strips.logits(i, first);
     tile.stream = stream_at(member, i, first);
     tile.bits = bits + (member.first_row + i) * tile.bits_stride + first / kWordColumns;
     if (effective != nullptr) {
-      tile.product = strips.product(i);
+      tile.product = strips.product(i, first);
       tile.weight = matrix_at(member.weight, i, first);
       tile.initial = matrix_at(member.initial, i, first);
       tile.effective = effective + (i - block.begin) * kBlockStride;
@@ -125,18 +138,17 @@ std::vector<Sums> run_forward(const ForwardCall& call) {
                       group.columns);
   const bool biased = call.bias != nullptr;
   const Floats bias(call.bias, biased ? 1 : 0, group.rows, call.dtype);
+  const std::vector<RightStrips> strips = right_strips(group);
   const int64_t rows = largest_block(call.blocks);
   std::vector<Sums> sums(call.blocks.size(), Sums{});
   parallel(static_cast<int64_t>(call.blocks.size()), [&](int64_t begin, int64_t end) {
     Scratch<float> effective(rows * kBlockStride), outputs(rows * scratch_stride(call.tokens));
     for (int64_t p = begin; p < end; ++p) {
       const RowBlock& block = call.blocks[p];
-      RightStrips strips(group.members[block.member], true);
       for (int64_t j = 0; j < group.columns; j += kTileColumns) {
         const int columns = static_cast<int>(least(kTileColumns, group.columns - j));
-        strips.pack(group.columns, j, columns);
-        forward_strip(group, block, strips, j, columns, call.settings, effective.get(), call.bits,
-                      &sums[p]);
+        forward_strip(group, block, strips[block.member], j, columns, call.settings,
+                      effective.get(), call.bits, &sums[p]);
         x.multiply(effective.get(), block.end - block.begin, j, columns, outputs.get());
       }
       const int64_t first = first_row(group, block);
@@ -156,13 +168,13 @@ Tensor sample(const Tensors& U, const Tensors& V, const Tensors& b, const Tensor
   Tensor bits = empty({group.rows, group.words()}, ScalarType::Int);
   auto* words = static_cast<uint32_t*>(bits.data_ptr());
   const std::vector<RowBlock> blocks = row_blocks(group);
+  const std::vector<RightStrips> strips = right_strips(group);
   parallel(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      RightStrips strips(group.members[blocks[p].member], false);
       for (int64_t j = 0; j < group.columns; j += kTileColumns) {
         const int columns = static_cast<int>(least(kTileColumns, group.columns - j));
-        strips.pack(group.columns, j, columns);
-        forward_strip(group, blocks[p], strips, j, columns, {}, nullptr, words, nullptr);
+        forward_strip(group, blocks[p], strips[blocks[p].member], j, columns, {}, nullptr, words,
+                      nullptr);
       }
     }
   });

@@ -16,10 +16,24 @@ struct Left {
   int64_t row, inner;
 };
 
-// What it accumulates to is added last, so that a long sum is a sum of short chains.
-template <int kRows, int kVectors, bool kAccumulate>
-inline void gemm_block(int inner, Left left, const float* right, int64_t right_stride, float* out,
-                       int64_t out_stride) {
+// Where a product goes: put(i, v, x) takes vector v of row i. What a product is added to is added
+// last, so that a long sum is a sum of short chains.
+template <bool kAccumulate>
+struct Out {
+  float* data;
+  int64_t stride;
+
+  Out below(int rows) const { return {data + rows * stride, stride}; }
+  Out beside(int columns) const { return {data + columns, stride}; }
+  void put(int i, int v, F x) const {
+    float* target = data + i * stride + v * kWidth;
+    store(target, kAccumulate ? add(load(target), x) : x);
+  }
+};
+
+template <int kRows, int kVectors, class Target>
+inline void gemm_block(int inner, Left left, const float* right, int64_t right_stride,
+                       const Target& target) {
   F sums[kRows][kVectors];
   STAMINA_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -41,58 +55,49 @@ inline void gemm_block(int inner, Left left, const float* right, int64_t right_s
   STAMINA_UNROLL
   for (int i = 0; i < kRows; ++i) {
     STAMINA_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      float* target = out + i * out_stride + v * kWidth;
-      store(target, kAccumulate ? add(load(target), sums[i][v]) : sums[i][v]);
-    }
+    for (int v = 0; v < kVectors; ++v) target.put(i, v, sums[i][v]);
   }
 }
 
 // Exactly `rows` < kRows rows.
-template <int kRows, int kVectors, bool kAccumulate>
+template <int kRows, int kVectors, class Target>
 inline void gemm_rest(int rows, int inner, Left left, const float* right, int64_t right_stride,
-                      float* out, int64_t out_stride) {
+                      const Target& target) {
   if constexpr (kRows > 1) {
     if (rows == kRows - 1) {
-      gemm_block<kRows - 1, kVectors, kAccumulate>(inner, left, right, right_stride, out,
-                                                   out_stride);
+      gemm_block<kRows - 1, kVectors>(inner, left, right, right_stride, target);
     } else {
-      gemm_rest<kRows - 1, kVectors, kAccumulate>(rows, inner, left, right, right_stride, out,
-                                                  out_stride);
+      gemm_rest<kRows - 1, kVectors>(rows, inner, left, right, right_stride, target);
     }
   }
 }
 
-template <int kVectors, bool kAccumulate>
+template <int kVectors, class Target>
 inline void gemm_strip(int rows, int inner, Left left, const float* right, int64_t right_stride,
-                       float* out, int64_t out_stride) {
+                       const Target& target) {
   // a single vector wide, more rows keep as many independent chains in flight
   constexpr int kRows = kVectors == 1 ? 2 * kGemmRows : kGemmRows;
   int i = 0;
   for (; i + kRows <= rows; i += kRows) {
-    gemm_block<kRows, kVectors, kAccumulate>(inner,
-                                             {left.data + i * left.row, left.row, left.inner},
-                                             right, right_stride, out + i * out_stride, out_stride);
+    gemm_block<kRows, kVectors>(inner, {left.data + i * left.row, left.row, left.inner}, right,
+                                right_stride, target.below(i));
   }
-  gemm_rest<kRows, kVectors, kAccumulate>(rows - i, inner,
-                                          {left.data + i * left.row, left.row, left.inner}, right,
-                                          right_stride, out + i * out_stride, out_stride);
+  gemm_rest<kRows, kVectors>(rows - i, inner, {left.data + i * left.row, left.row, left.inner},
+                             right, right_stride, target.below(i));
 }
 
-// out (rows x columns) = or += left (rows x inner) right (inner x columns): one chain of
+// target (rows x columns) takes left (rows x inner) right (inner x columns): one chain of
 // multiply-adds per element over ascending k. columns is a multiple of kLineFloats.
-template <bool kAccumulate, int kVectors = kGemmVectors>
+template <int kVectors = kGemmVectors, class Target>
 inline void gemm(int rows, int columns, int inner, Left left, const float* right,
-                 int64_t right_stride, float* out, int64_t out_stride) {
+                 int64_t right_stride, const Target& target) {
   constexpr int kColumns = kVectors * kWidth;
   int j = 0;
   for (; j + kColumns <= columns; j += kColumns) {
-    gemm_strip<kVectors, kAccumulate>(rows, inner, left, right + j, right_stride, out + j,
-                                      out_stride);
+    gemm_strip<kVectors>(rows, inner, left, right + j, right_stride, target.beside(j));
   }
   if constexpr (kColumns > kLineFloats) {
-    gemm<kAccumulate, kVectors / 2>(rows, columns - j, inner, left, right + j, right_stride,
-                                    out + j, out_stride);
+    gemm<kVectors / 2>(rows, columns - j, inner, left, right + j, right_stride, target.beside(j));
   }
 }
 
@@ -108,11 +113,16 @@ void block_product(const Product& p) {
     const float* right = p.right + panel / kPanelColumns * p.right_panel;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = p.inner * part / parts;
-      const auto product = part > 0 || p.accumulate ? gemm<true> : gemm<false>;
-      product(static_cast<int>(p.rows), columns,
-              static_cast<int>(p.inner * (part + 1) / parts - first),
-              {p.left + first * p.left_inner, p.left_row, p.left_inner},
-              right + first * p.right_row, p.right_row, p.out + panel, p.out_stride);
+      const int inner = static_cast<int>(p.inner * (part + 1) / parts - first);
+      const Left left{p.left + first * p.left_inner, p.left_row, p.left_inner};
+      const float* rows = right + first * p.right_row;
+      const Out<false> out{p.out + panel, p.out_stride};
+      if (part > 0 || p.accumulate) {
+        gemm(static_cast<int>(p.rows), columns, inner, left, rows, p.right_row,
+             Out<true>{out.data, out.stride});
+      } else {
+        gemm(static_cast<int>(p.rows), columns, inner, left, rows, p.right_row, out);
+      }
     }
   }
 }

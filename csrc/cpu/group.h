@@ -99,6 +99,8 @@ inline Matrix matrix_at(const Matrix& m, int64_t row, int64_t column) {
 // Bound k of n nearly equal parts of `total` units.
 inline int64_t part(int64_t total, int64_t n, int64_t k) { return total * k / n; }
 
+inline int64_t count_of(int64_t total, int64_t unit) { return (total + unit - 1) / unit; }
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Blocks of about 96 rows, an even number of them, in whole tiles: 96 x 128 fp32 values, 48 KiB,

@@ -47,7 +47,7 @@ inline void forward_word(const ForwardTile& t, const ForwardRow& row, int j, Row
     word |= bits_of(drawn) << (v * kWidth);
     if (kUpdate == Update::kNone) continue;
     const F penalty = kSparse == Sparse::kSigmoid ? reciprocal(add(one, e)) : maximum(zero, logit);
-    sums.sparse = add(sums.sparse, kPartial ? keep(lane_mask(valid, v), penalty) : penalty);
+    sums.sparse = add(sums.sparse, kPartial ? keep(lanes_of(word_of(valid), v), penalty) : penalty);
     const F w = load(row.weight + at);
     const F delta = keep(drawn, mul(scale, load(row.product + at)));
     store(row.effective + at, add(w, delta));
@@ -127,8 +127,8 @@ void compose(const ComposeTile& t) {
     const float *p = product.row(i), *w = weight.read(i);
     float* target = effective.target(i);
     for (int j = 0; j < whole_words(t.columns); j += kWidth) {
-      const uint32_t word = t.bits[i * t.bits_stride + j / kWordColumns];
-      const M kept = lane_mask(word, j % kWordColumns / kWidth);
+      const Word word = word_of(t.bits[i * t.bits_stride + j / kWordColumns]);
+      const M kept = lanes_of(word, j % kWordColumns / kWidth);
       store(target + j, add(load(w + j), keep(kept, mul(scale, load(p + j)))));
     }
     effective.write(i);
@@ -167,11 +167,11 @@ struct BackwardRow {
 template <bool kForgets, bool kComposes, bool kUnitTau, bool kPartial>
 inline void backward_word(const BackwardTile& t, const BackwardRow& row, int j, F& d_bias) {
   const F scale = set(t.scale), bias = set(t.bias);
-  const uint32_t word = row.bits[j / kWordColumns];
+  const Word word = word_of(row.bits[j / kWordColumns]);
   STAMINA_UNROLL
   for (int v = 0; v < kVectorsPerWord; ++v) {
     const int at = j + v * kWidth;
-    const M kept = lane_mask(word, v);
+    const M kept = lanes_of(word, v);
     const F p = load(row.product + at);
     const F logit = add(load(row.logits + at), bias);
     F g = load(row.gradient + at);
@@ -191,7 +191,7 @@ inline void backward_word(const BackwardTile& t, const BackwardRow& row, int j, 
     if (t.g_sparse != 0.0f) {
       d_logit = fma(set(t.g_sparse), sparse_slope(t.sparse, logit, e), d_logit);
     }
-    if (kPartial) d_logit = keep(lane_mask(valid_bits(t.columns, j), v), d_logit);
+    if (kPartial) d_logit = keep(lanes_of(word_of(valid_bits(t.columns, j)), v), d_logit);
     store(row.product + at, keep(kept, scaled));
     store(row.logits + at, d_logit);
     d_bias = add(d_bias, d_logit);
@@ -225,10 +225,10 @@ void backward_rows(const BackwardTile& t, Tile& product, Tile& logits) {
 inline void contract(const LowRank& factors, int rows, int columns, const Tile& grad,
                      const float* right_transposed, float* d_left, float* d_right) {
   const int64_t padded = padded_rank(factors.rank);
-  gemm<true>(rows, static_cast<int>(padded), columns, {grad.values, kTileColumns, 1},
-             right_transposed, padded, d_left, padded);
-  gemm<true>(factors.rank, whole_words(columns), rows, {factors.left, 1, factors.rank}, grad.values,
-             kTileColumns, d_right, kTileColumns);
+  gemm(rows, static_cast<int>(padded), columns, {grad.values, kTileColumns, 1}, right_transposed,
+       padded, Out<true>{d_left, padded});
+  gemm(factors.rank, whole_words(columns), rows, {factors.left, 1, factors.rank}, grad.values,
+       kTileColumns, Out<true>{d_right, kTileColumns});
 }
 
 void backward(const BackwardTile& t) {
@@ -247,20 +247,34 @@ void backward(const BackwardTile& t) {
            t.d_logits_right);
 }
 
-void fold(const FoldTile& t) {
-  Tile product;
-  multiply(t.product, t.rows, t.columns, product);
-  const F coefficient = set(t.coefficient);
-  for (int i = 0; i < t.rows; ++i) {
-    for (int j = 0; j < t.columns; j += kWordColumns) {
-      const uint32_t bits = t.bits[i * t.bits_stride + j / kWordColumns];
-      for (int v = 0; v < kVectorsPerWord; ++v) {
-        float* total = t.total + i * kTileColumns + j + v * kWidth;
-        const F delta = mul(coefficient, load(product.row(i) + j + v * kWidth));
-        store(total, add(load(total), keep(lane_mask(bits, v), delta)));
-      }
-    }
+// Takes a product times a coefficient where bits are set.
+struct MaskedOut {
+  float* total;
+  const uint32_t* bits;
+  int64_t bits_stride;
+  int column;
+  F coefficient;
+
+  MaskedOut below(int rows) const {
+    return {total + rows * kTileColumns, bits + rows * bits_stride, bits_stride, column,
+            coefficient};
   }
+  MaskedOut beside(int columns) const {
+    return {total + columns, bits, bits_stride, column + columns, coefficient};
+  }
+  void put(int i, int v, F x) const {
+    const int at = column + v * kWidth;
+    const Word word = word_of(bits[i * bits_stride + at / kWordColumns]);
+    const M kept = lanes_of(word, at % kWordColumns / kWidth);
+    float* target = total + i * kTileColumns + v * kWidth;
+    store(target, add(load(target), keep(kept, mul(coefficient, x))));
+  }
+};
+
+void fold(const FoldTile& t) {
+  gemm(t.rows, whole_words(t.columns), t.product.rank, {t.product.left, t.product.rank, 1},
+       t.product.right, kTileColumns,
+       MaskedOut{t.total, t.bits, t.bits_stride, 0, set(t.coefficient)});
 }
 
 bool round_sum(const float* total, const void* source, void* target, int columns, DType dtype) {

@@ -9,8 +9,6 @@
 
 namespace stamina {
 
-inline int64_t count_of(int64_t total, int64_t unit) { return (total + unit - 1) / unit; }
-
 inline int64_t panel_columns() { return active_kernels().panel_columns; }
 
 // Rows of the scratch outputs: whole lines, and off the strides that collide in the cache.

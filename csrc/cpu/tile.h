@@ -22,8 +22,8 @@ struct alignas(64) Tile {
 inline int whole_words(int columns) { return static_cast<int>(round_up(columns, kWordColumns)); }
 
 inline void multiply(const LowRank& product, int rows, int columns, Tile& out) {
-  gemm<false>(rows, whole_words(columns), product.rank, {product.left, product.rank, 1},
-              product.right, kTileColumns, out.values, kTileColumns);
+  gemm(rows, whole_words(columns), product.rank, {product.left, product.rank, 1}, product.right,
+       kTileColumns, Out<false>{out.values, kTileColumns});
 }
 
 // The product behind mask bits: fused on every instruction set.
@@ -163,8 +163,6 @@ inline uint32_t valid_bits(int columns, int j) {
   const int valid = columns - j;
   return valid >= kWordColumns ? ~0u : (1u << valid) - 1;
 }
-
-inline M lane_mask(uint32_t word, int v) { return mask_of(word >> (v * kWidth)); }
 
 // A row of a tile as fp32 in whole words of columns: the matrix itself where it has that form, else
 // a copy, so that no vector reads or writes beyond the row.

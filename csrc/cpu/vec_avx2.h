@@ -60,9 +60,17 @@ inline F to_floats(U x) { return _mm256_cvtepi32_ps(x); }
 
 inline M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline M not_equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
-inline M mask_of(uint32_t bits) {
-  const U select = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return as_floats(_mm256_cmpeq_epi32(bit_and(set_word(bits), select), select));
+// A word of 32 mask bits, and the lanes of vector v of its columns.
+using Word = __m256i;
+alignas(32) constexpr uint32_t kBits[32] = {
+    1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
+    1u << 8,  1u << 9,  1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15,
+    1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21, 1u << 22, 1u << 23,
+    1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31};
+inline Word word_of(uint32_t bits) { return set_word(bits); }
+inline M lanes_of(Word word, int v) {
+  const U select = load_words(kBits + v * kWidth);
+  return as_floats(_mm256_cmpeq_epi32(bit_and(word, select), select));
 }
 inline uint32_t bits_of(M mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
 inline F keep(M mask, F x) { return _mm256_and_ps(mask, x); }

@@ -61,7 +61,10 @@ inline F to_floats(U x) { return _mm512_cvtepi32_ps(x); }
 
 inline M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline M not_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
-inline M mask_of(uint32_t bits) { return static_cast<M>(bits); }
+// A word of 32 mask bits, and the lanes of vector v of its columns.
+using Word = uint32_t;
+inline Word word_of(uint32_t bits) { return bits; }
+inline M lanes_of(Word word, int v) { return static_cast<M>(word >> (v * kWidth)); }
 inline uint32_t bits_of(M mask) { return mask; }
 inline F keep(M mask, F x) { return _mm512_maskz_mov_ps(mask, x); }
 

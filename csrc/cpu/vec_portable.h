@@ -117,7 +117,10 @@ inline M less(F a, F b) {
 inline M not_equal(F a, F b) {
   return lane_bits([&](int i) { return a.v[i] != b.v[i]; });
 }
-inline M mask_of(uint32_t bits) { return bits & ((1u << kWidth) - 1); }
+// A word of 32 mask bits, and the lanes of vector v of its columns.
+using Word = uint32_t;
+inline Word word_of(uint32_t bits) { return bits; }
+inline M lanes_of(Word word, int v) { return word >> (v * kWidth) & ((1u << kWidth) - 1); }
 inline uint32_t bits_of(M mask) { return mask; }
 inline F keep(M mask, F x) {
   return lanes<F>([&](int i) { return (mask >> i & 1) != 0 ? x.v[i] : 0.0f; });
