@@ -33,12 +33,12 @@ class LinearCase:
         return self.inner * sum(self.outs)
 
     def step_flops(self) -> float:
-        """Arithmetic of a masked training step, 2 per multiply-add, element-wise work left out.
+        """Products of a masked training step, 2 per multiply-add; element-wise work is left out.
 
-        Y, dX and G = dY^T X take 2 M O I each; P = A B and L = U V, in both directions, and
-        dA, dB, dU, dV take 2 O I r each, r = m.
+        Y, dX and G = dY^T X take 2 M O I each; P = A B, L = U V, dA, dB, dU and dV take 2 O I r
+        each, r = m. What an implementation computes twice counts once.
         """
-        return self.weights * (6.0 * self.tokens + 16.0 * self.rank)
+        return self.weights * (6.0 * self.tokens + 12.0 * self.rank)
 
     def step_bytes(self) -> float:
         """Least traffic of a masked training step: what must be read or written, once a direction.

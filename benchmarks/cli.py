@@ -52,7 +52,7 @@ def _check_device(name: str) -> None:
 
 @app.callback(invoke_without_command=True)
 def list_suites(context: typer.Context) -> None:
-    """Time, memory and accuracy of the kernels beside real rivals. Without a command: the suites."""
+    """Time, memory and accuracy beside real rivals. Without a command: lists the suites."""
     if context.invoked_subcommand is None:
         for suite in SUITES.values():
             typer.echo(f"{suite.name:8}{suite.about}")

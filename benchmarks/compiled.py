@@ -12,7 +12,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def compiled(function: _Function) -> _Function:
     """The function specialised to its shapes, in one graph or not at all."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    specialised: _Function = torch.compile(function, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+    return specialised
 
 
 @cache
@@ -26,5 +27,5 @@ def compiler_missing() -> str | None:
 
 
 def forget_compiled() -> None:
-    """Drop what was compiled: dynamo falls back to eager code after eight variants of a function."""
+    """Drop what was compiled: dynamo allows a function eight variants, then it refuses."""
     torch._dynamo.reset()

@@ -4,6 +4,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def eager_masks(initial: list[Tensor], adapters: Adapters) -> Folder:
     return Folder(weights, initial, fold, delta=lambda k: _exact_delta(adapters[k], masked=True))
 
 
-def _diffusers_model(initial: Sequence[Tensor]) -> nn.Module:
+def _diffusers_model(initial: Sequence[Tensor]) -> Any:
     """A diffusers model that holds nothing but the projections."""
     from diffusers import ConfigMixin, ModelMixin
     from diffusers.loaders import PeftAdapterMixin
@@ -106,7 +107,7 @@ def peft_fuse(initial: list[Tensor], adapters: Adapters) -> Folder:
     config = LoraConfig(r=RANK, lora_alpha=1, target_modules=PROJECTION_NAMES)
     names = [f"adapter{t}" for t in range(len(adapters[0]))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there are several is the point
+        warnings.simplefilter("ignore", UserWarning)  # PEFT warns that an adapter is not the first
         for name in names:
             model.add_adapter(config, name)
     model.set_adapters(names)

@@ -138,7 +138,7 @@ def interleave(
     return timings
 
 
-def quantiles(milliseconds: Sequence[float]) -> dict[str, float]:
-    """median_ms, p20_ms and p80_ms."""
+def timed(case: str, provider: str, pass_: str, milliseconds: Sequence[float]) -> Measurement:
+    """A measurement of the times alone: their median, and the spread as 20 and 80 per cent."""
     p20, median, p80 = np.percentile(np.asarray(milliseconds), [20, 50, 80]).tolist()
-    return {"median_ms": median, "p20_ms": p20, "p80_ms": p80}
+    return Measurement(case, provider, pass_, median_ms=median, p20_ms=p20, p80_ms=p80)

@@ -2,12 +2,14 @@
 """Pictures of a result. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
 
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.cases import BY_NAME, CONCEPTS_UNIT, RANKS, SDXL
 from benchmarks.record import Result, Row, failed, write_beside
@@ -95,6 +97,8 @@ def _bars(
             for number, case in enumerate(cases)
             if (row := found.get((case, provider))) and (height := value(row))
         ]
+        if not drawn:
+            continue
         offset = (k - (len(providers) - 1) / 2) * width
         axes.bar(
             [number + offset for number, _, _ in drawn],
@@ -105,11 +109,28 @@ def _bars(
             hatch=hatch,
             edgecolor="white",
             linewidth=0,
-            yerr=np.array([_whisker(row) for _, row, _ in drawn]).reshape(-1, 2).T,
-            error_kw={"elinewidth": 0.9, "ecolor": "#222222", "capsize": 1.5},
         )
+        if value is median:
+            spread = np.array([_whisker(row) for _, row, _ in drawn]).reshape(-1, 2).T
+            axes.errorbar(
+                [number + offset for number, _, _ in drawn], [height for _, _, height in drawn],
+                spread, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=1.5,
+            )  # fmt: skip
     axes.set_xticks(range(len(cases)), [case.replace(" x", "\nx") for case in cases])
+    heights = [height for row in rows if (height := value(row))]
+    _log(axes, min(heights))
+
+
+def _log(axes: Axes, lowest: float) -> None:
+    """A logarithmic axis in plain numbers that begins below the lowest value."""
     axes.set_yscale("log")
+    axes.set_ylim(bottom=10 ** math.floor(math.log10(lowest * 0.7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def median(row: Row) -> float | None:
+    return row["median_ms"]
 
 
 def _whisker(row: Row) -> tuple[float, float]:
@@ -159,12 +180,13 @@ def _draw_time(
         panels += [cases[k : k + _PANEL] for k in range(0, len(cases), _PANEL)]
     figure = _figure(len(panels))
     for axes, panel in zip(figure.axes, panels, strict=True):
-        _bars(axes, panel, rows, lambda row: row["median_ms"])
+        _bars(axes, panel, rows, median)
+        axes.set_xlim(-0.6, max(map(len, panels)) - 0.4)
         axes.set_ylabel("ms")
     suite = rows[0]["suite"]
     what = "fold" if rows[0]["pass"] == "fold" else "one training step"
     note = f"median, whiskers p20 and p80, interleaved in one process; {_machine_note(result)}"
-    title = f"Time of {what}, {' and '.join(dtypes)}"
+    title = f"{suite}: time of {what}, {' and '.join(dtypes)}"
     return _finish(figure, title, note, folder / f"{suite}-{name}.png")
 
 
@@ -186,17 +208,19 @@ def draw_roofline(result: Result, folder: Path) -> list[Path]:
     roof = np.minimum(peak, intensity * bandwidth)
     axes.plot(intensity, roof, color="#222222", label="measured roof", linewidth=1.6)
     axes.annotate(f"GEMM {peak:.0f} GFLOP/s", (480, peak * 1.08), ha="right", fontsize=9)
-    axes.annotate(f"copy {bandwidth:.0f} GB/s", (0.6, 0.75 * bandwidth), fontsize=9)
+    axes.annotate(f"copy {bandwidth:.0f} GB/s", (1.4, 0.9 * bandwidth), fontsize=9)
+    points = [(BY_NAME[row["case"]], row) for row in rows]
     for provider, marker in zip(shown, "osD^", strict=True):
-        cases = [(BY_NAME[row["case"]], row) for row in rows if row["provider"] == provider]
+        cases = [(case, row) for case, row in points if row["provider"] == provider]
         axes.plot(
             [case.step_flops() / case.step_bytes() for case, _ in cases],
             [case.step_flops() / (row["median_ms"] or 1.0) / 1e6 for case, row in cases],
             marker, color=_LOOK[provider][0], label=_NAMES[provider] if cases else None,
-            markersize=8, markeredgecolor="white", fillstyle=_FILL[provider],
+            markersize=8, fillstyle=_FILL[provider],
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    _log(axes, min(case.step_flops() / (row["median_ms"] or 1.0) / 1e6 for case, row in points))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("FLOP per byte that must move")
     axes.set_ylabel("GFLOP/s")
     note = f"products of the formulas only, the same count for all; {_machine_note(result)}"
@@ -256,10 +280,10 @@ def draw_scaling(result: Result, folder: Path) -> list[Path]:
             ]
             _curve(axes, provider, sorted(points, key=lambda point: point[0]))
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        _log(axes, min(row["median_ms"] or 1.0 for row in rows if position(row)))
         ticks = sorted({x for row in rows if (x := position(row))})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
         axes.set_ylabel("ms per step")
     note = (

@@ -7,9 +7,11 @@ ours, both regularisers included; PEFT LoRA and LyCORIS LoHa are other adapters 
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -192,10 +194,12 @@ def peft_lora(problem: Problem, adapters: int = 1) -> Contestant:
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=PROJECTION_NAMES, init_lora_weights=False
     )
-    model = Projections(_linears(problem))
+    model: Any = Projections(_linears(problem))
     names = [f"adapter{t}" for t in range(adapters)]
-    for name in names:
-        model = inject_adapter_in_model(config, model, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT warns that an adapter is not the first
+        for name in names:
+            model = inject_adapter_in_model(config, model, name)
     leaves, known = [problem.x], problem.known()
     pairs: list[list[tuple[Tensor, Tensor]]] = []
     for layer in model.layers:
@@ -221,7 +225,7 @@ def peft_lora(problem: Problem, adapters: int = 1) -> Contestant:
 LOHA_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
-def loha_module(layer: nn.Linear, rank: int, device: str | torch.device) -> nn.Module:
+def loha_module(layer: nn.Linear, rank: int, device: str | torch.device) -> Any:
     """A LyCORIS LoHa on a layer, dW = (w1_a w1_b) (.) (w2_a w2_b), with no factor zero."""
     from lycoris.modules.loha import LohaModule
 

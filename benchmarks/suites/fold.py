@@ -14,9 +14,9 @@ from benchmarks.measure import (
     Measurement,
     error_limit,
     interleave,
-    quantiles,
     relative_rms,
     synchronize,
+    timed,
 )
 from benchmarks.problem import fold_inputs
 from benchmarks.record import Row
@@ -75,17 +75,13 @@ def _run(case: FoldCase, settings: Settings) -> tuple[list[Measurement], Summary
         {key: partial(_time, folder, settings.device) for key, folder in folders.items()},
         QUICK_ROUNDS if settings.quick else ROUNDS,
     )
-    rows, facts = [], {}
+    rows: list[Measurement] = []
+    facts: Summary = {}
     for key, folder in folders.items():
-        exact = _exact(folder)
-        dtype = folder.weights[0].dtype
-        rows.append(
-            Measurement(
-                *key, "fold", **quantiles(timings[key]["fold"]),
-                error=_error(folder, exact), error_limit=error_limit(dtype),
-            )
-        )  # fmt: skip
-        if dtype == torch.bfloat16:
+        exact, kind = _exact(folder), folder.weights[0].dtype
+        row = timed(*key, "fold", timings[key]["fold"])
+        rows.append(replace(row, error=_error(folder, exact), error_limit=error_limit(kind)))
+        if kind == torch.bfloat16:
             facts["fold.correctly_rounded"] = _rounded_fraction(folder, exact)
     return rows, facts
 

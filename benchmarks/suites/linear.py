@@ -6,8 +6,9 @@ from functools import partial
 
 from benchmarks import cases
 from benchmarks.cases import BY_NAME, LinearCase, as_dtype
-from benchmarks.measure import Measurement
+from benchmarks.measure import Key, Measurement
 from benchmarks.record import Row
+from benchmarks.rivals import Contestant
 from benchmarks.suites.suite import Settings, Suite, Task, build, compete, why_missing
 from benchmarks.summary import Summary, Table, geometric_mean, mean_ratio, speedup
 
@@ -28,7 +29,7 @@ def run_case(
     """The case with all rivals in fp32, and some of them with 16-bit weights and X, interleaved."""
     entries = [(case, rivals)]
     entries += [(as_dtype(case, dtype), HALF_RIVALS) for dtype in halves]
-    contestants = {}
+    contestants: dict[Key, Contestant] = {}
     for entry, names in entries:
         contestants |= build(entry, names, settings.device)
     return compete(contestants, QUICK_ROUNDS if settings.quick else ROUNDS, settings.device), {}

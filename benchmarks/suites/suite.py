@@ -2,7 +2,7 @@
 """What a suite is, and the interleaved run of contestants that most are made of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from stamina_adapters.evaluation.cost import saved_mib
@@ -16,8 +16,8 @@ from benchmarks.measure import (
     check,
     error_limit,
     interleave,
-    quantiles,
     time_passes,
+    timed,
 )
 from benchmarks.problem import make_problem
 from benchmarks.record import Row
@@ -77,12 +77,11 @@ def _measured(
     saved = saved_mib(contestant.run, contestant.known)
     limit = error_limit(contestant.leaves[0].dtype)
     return [
-        Measurement(
-            *key, name, **quantiles(times[name]), saved_mib=saved,
-            error=errors[name], error_limit=limit,
+        replace(
+            timed(*key, name, times[name]), saved_mib=saved, error=errors[name], error_limit=limit
         )
         for name in PASSES
-    ]  # fmt: skip
+    ]
 
 
 def compete(contestants: Mapping[Key, Contestant], rounds: int, device: str) -> list[Measurement]:
