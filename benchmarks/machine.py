@@ -15,8 +15,8 @@ from benchmarks.measure import synchronize
 from stamina_kernels import cpu
 
 _PACKAGES = ("torch", "stamina-kernels", "peft", "lycoris-lora", "diffusers", "numpy")
-_GEMM_SIZE = 2048
-_COPY_BYTES = 2**28  # well beyond any cache
+GEMM_SIZE = 2048
+COPY_BYTES = 2**28  # well beyond any cache
 _REPEATS = 5
 
 
@@ -60,15 +60,15 @@ def _best_seconds(work: Callable[[], object], device: str) -> float:
 
 
 def _gemm_gflops(device: str) -> float:
-    a, b, out = (torch.ones(_GEMM_SIZE, _GEMM_SIZE, device=device) for _ in range(3))
+    a, b, out = (torch.ones(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(3))
     seconds = _best_seconds(lambda: torch.mm(a, b, out=out), device)
-    return 2 * _GEMM_SIZE**3 / seconds / 1e9
+    return 2 * GEMM_SIZE**3 / seconds / 1e9
 
 
 def _copy_gb_s(device: str) -> float:
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * _COPY_BYTES / _best_seconds(lambda: target.copy_(source), device) / 1e9
+    return 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source), device) / 1e9
 
 
 def machine(device: str) -> dict[str, Any]:

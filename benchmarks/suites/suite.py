@@ -56,8 +56,12 @@ class Suite:
 
 
 def why_missing(providers: Sequence[str]) -> dict[str, Callable[[], str | None]]:
-    """The entries of `RIVALS` that a suite uses."""
-    return {name: RIVALS[name].missing for name in providers}
+    """For each of these entries of `RIVALS`, what says why it is missing when asked."""
+
+    def ask(name: str) -> str | None:
+        return RIVALS[name].missing()
+
+    return {name: partial(ask, name) for name in providers}
 
 
 def build(case: LinearCase, providers: Sequence[str], device: str) -> dict[Key, Contestant]:
