@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong results are found, and no speed-up is told beside one."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import command
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, record
+from benchmarks import cases, measure, record
 from benchmarks.cases import DTYPES, LinearCase, as_dtype
 from benchmarks.compiled import compiler_missing, forget_compiled
 from benchmarks.measure import check, error_limit, interleave, relative_rms
@@ -164,6 +165,19 @@ def test_rounds_are_interleaved_and_the_first_is_left_out():
     assert all(sorted(one) == keys for one in rounds)
     assert len(set(map(tuple, rounds))) > 1
     assert sorted(t for key in keys for t in timings[key]["step"]) == list(range(4, 16))
+
+
+def test_a_slow_entry_rests_after_a_few_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "ENOUGH_SECONDS", 0.01)
+
+    def slow():
+        time.sleep(0.005)
+        return {"step": 1.0}
+
+    samples = {("case", "slow"): slow, ("case", "fast"): lambda: {"step": 1.0}}
+    timings = interleave(samples, rounds=20)
+    assert len(timings["case", "slow"]["step"]) == measure.FEWEST_ROUNDS
+    assert len(timings["case", "fast"]["step"]) == 20
 
 
 def test_correctly_rounded_counts_the_nearest():
