@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.stamina-installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: demo test lint aot format clean
+.PHONY: demo test bench lint aot format clean
 
 demo: $(INSTALLED)
 	rm -rf demo-output
@@ -13,6 +13,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest $(TEST_ARGS)
+
+# e.g. `make bench SUITE=linear BENCH_ARGS=--quick`
+SUITE ?= linear
+bench: $(INSTALLED)
+	$(PYTHON) -m benchmarks run $(SUITE) --json bench-$(SUITE).json $(BENCH_ARGS)
+	$(PYTHON) -m benchmarks plot bench-$(SUITE).json --output bench-output
 
 aot: $(INSTALLED)
 	$(PYTHON) -m pytest -m aot tests/kernels

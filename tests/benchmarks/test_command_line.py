@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands print and write, and what each user error says before any work."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import command
+from PIL import Image
+
+from benchmarks import cli
+from benchmarks.suites import SUITES
+
+PICTURES = {
+    "linear": {"linear-time.png", "linear-time-16bit.png", "linear-roofline.png"},
+    "group": {"group-time.png", "group-roofline.png"},
+    "fold": {"fold-time.png", "fold-time-16bit.png"},
+    "memory": {"memory.png"},
+    "scale": {"scale-time.png", "scale-concepts.png"},
+}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    def run_suite(*_):
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(cli, "run_suite", run_suite)
+
+
+def refused(outcome, *words):
+    assert outcome.exit_code == 2, outcome.output
+    assert outcome.stdout == ""
+    (line,) = outcome.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert str(word) in line
+
+
+def test_without_a_command_the_suites_are_listed():
+    outcome = command()
+    assert outcome.exit_code == 0
+    assert [line.split()[0] for line in outcome.stdout.splitlines()] == list(SUITES)
+
+
+def test_unknown_suite(no_work, tmp_path):
+    refused(command("run", "lines", "--json", tmp_path / "a.json"), "SUITE", "'lines'", "linear")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["absent/a.json", "."])
+def test_unwritable_file(no_work, tmp_path, place):
+    refused(command("run", "linear", "--json", tmp_path / place), "--json", tmp_path)
+
+
+def test_folder_without_permission(no_work, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    refused(command("run", "linear", "--json", tmp_path / "a.json"), "--json", "not writable")
+
+
+def test_unusable_device(no_work, tmp_path):
+    refused(command("run", "linear", "--json", tmp_path / "a.json", "--device", "tpu"), "--device")
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": []}'])
+def test_unreadable_result(tmp_path, text):
+    file = tmp_path / "result.json"
+    if text is not None:
+        file.write_text(text)
+    refused(command("plot", file), file)
+    refused(command("table", file), file)
+    refused(command("compare", file, file), file)
+
+
+def test_unwritable_picture_folder(files, tmp_path):
+    (tmp_path / "taken").write_text("")
+    refused(command("plot", files["fold"], "--output", tmp_path / "taken"), "--output", "taken")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_pictures_are_drawn(files, tmp_path, suite):
+    outcome = command("plot", files[suite], "--output", tmp_path / "pictures")
+    assert outcome.exit_code == 0, outcome.output
+    drawn = list((tmp_path / "pictures").iterdir())
+    assert {path.name for path in drawn} == PICTURES[suite]
+    for path in drawn:
+        pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+        ours = np.array([0xD5, 0x5E, 0x00])
+        assert (pixels == ours).all(1).sum() > 50, path.name
+        assert (pixels == 255).all(1).mean() > 0.3, path.name
+
+
+def test_a_failed_row_is_not_drawn(files, tmp_path):
+    result = json.loads(files["memory"].read_text())
+    for row in result["rows"]:
+        row["error"] = 1.0
+    file = tmp_path / "memory.json"
+    file.write_text(json.dumps(result))
+    assert command("plot", file).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
+def changed(results, tmp_path, change):
+    result = json.loads(json.dumps(results["fold"]))
+    change(result)
+    file = tmp_path / "changed.json"
+    file.write_text(json.dumps(result))
+    return file
+
+
+def test_compare_shows_what_changed(files, results, tmp_path):
+    def change(result):
+        result["rows"][0]["median_ms"] *= 2
+        result["summary"]["fold.speedup.peft_fuse"] *= 0.25
+        del result["rows"][1]
+
+    outcome = command("compare", files["fold"], changed(results, tmp_path, change))
+    assert outcome.exit_code == 0
+    lines = outcome.stdout.splitlines()
+    (doubled,) = [line for line in lines if "2.000" in line]
+    assert "ours" in doubled
+    (speedup,) = [line for line in lines if "fold.speedup.peft_fuse" in line]
+    assert "0.250" in speedup
+    unchanged = len(results["fold"]["rows"]) - 2 + len(results["fold"]["summary"]) - 1
+    assert sum("1.000" in line for line in lines) == unchanged
+    assert "1 rows are in A only." in lines
+    assert "machines differ" not in outcome.stdout
+
+
+def test_compare_says_that_machines_differ(files, results, tmp_path):
+    def change(result):
+        result["machine"]["cpu"] = "another"
+
+    outcome = command("compare", files["fold"], changed(results, tmp_path, change))
+    assert "The machines differ" in outcome.stdout
+
+
+def test_table_is_markdown_of_every_case_and_figure(files, results):
+    lines = command("table", files["fold"]).stdout.splitlines()
+    for row in results["fold"]["rows"]:
+        assert any(line.startswith(f"| {row['case']} |") for line in lines)
+    for name in results["fold"]["summary"]:
+        assert any(line.startswith(f"| `{name}` |") for line in lines)

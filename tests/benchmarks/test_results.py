@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a result file holds, for every suite."""
+
+import math
+
+import pytest
+
+from benchmarks.cases import BY_NAME
+from benchmarks.suites import SUITES
+
+FIELDS = {
+    "suite", "case", "provider", "pass", "median_ms", "p20_ms", "p80_ms", "saved_mib", "peak_mib",
+    "error", "error_limit", "machine", "versions",
+}  # fmt: skip
+SUMMARY = {
+    "linear": {
+        "speedup.gumbel", "speedup.eager_best", "speedup.loha", "floor_ratio",
+        "saved_bits_per_weight", "dtype_ratio.bf16", "dtype_ratio.fp16", "gemm_ratio.bf16",
+        "gemm_ratio.fp16",
+    },
+    "group": {
+        "group.speedup.gumbel", "group.speedup.eager_best", "group.speedup.loha",
+        "group.floor_ratio", "group.saved_bits_per_weight", "group.speedup.separate",
+    },
+    "fold": {
+        "fold.speedup.eager_masks", "fold.speedup.peft_fuse", "fold.speedup.loha_merge",
+        "fold.correctly_rounded",
+    },
+    "memory": {"memory.sdxl_ours_over_eager"},
+    "scale": {"scale.step_1000_over_1", "scale.peft_50_over_1"},
+}  # fmt: skip
+NOT_RUN_QUICKLY = {"memory.sdxl_ours_over_eager", "scale.peft_50_over_1"}
+
+every_suite = pytest.mark.parametrize("suite", SUITES)
+
+
+def median(result, case, provider, pass_="step"):
+    (row,) = [
+        row
+        for row in result["rows"]
+        if (row["case"], row["provider"], row["pass"]) == (case, provider, pass_)
+    ]
+    return row["median_ms"]
+
+
+@every_suite
+def test_a_file_has_rows_of_one_schema(results, suite):
+    result = results[suite]
+    assert set(result) == {"machine", "versions", "rows", "summary"}
+    assert result["rows"]
+    for row in result["rows"]:
+        assert set(row) == FIELDS
+        assert row["suite"] == suite
+        assert row["provider"] in SUITES[suite].rivals
+        assert row["versions"] == result["versions"]
+        assert result["machine"]["cpu"] in row["machine"]
+
+
+@every_suite
+def test_every_row_is_checked_against_fp64(results, suite):
+    for row in results[suite]["rows"]:
+        assert 0 <= row["error"] <= row["error_limit"] < 0.05
+
+
+@every_suite
+def test_a_row_measures_time_or_memory(results, suite):
+    for row in results[suite]["rows"]:
+        if suite == "memory":
+            assert row["median_ms"] is row["p20_ms"] is row["p80_ms"] is None
+            assert row["peak_mib"] > row["saved_mib"] > 0
+        else:
+            assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+            assert row["peak_mib"] is None
+
+
+@every_suite
+def test_the_summary_is_flat_and_complete(results, suite):
+    summary = results[suite]["summary"]
+    assert set(summary) == SUMMARY[suite]
+    for name, value in summary.items():
+        assert value is None if name in NOT_RUN_QUICKLY else 0 < value < math.inf, name
+
+
+def test_machine_and_versions_say_what_ran(results):
+    machine, versions = results["linear"]["machine"], results["linear"]["versions"]
+    assert machine["threads"] > 0
+    assert machine["gemm_gflops"] > 0
+    assert machine["copy_gb_s"] > 0
+    assert machine["simd_torch"] and machine["cpu"]
+    needed = {"python", "torch", "stamina-kernels", "peft", "lycoris-lora", "diffusers", "numpy"}
+    assert set(versions) == needed
+
+
+def test_linear_runs_three_passes_and_16_bits_beside_the_rivals(results):
+    rows = results["linear"]["rows"]
+    providers = {row["provider"] for row in rows if BY_NAME[row["case"]].dtype == "fp32"}
+    assert providers == {"ours", "gumbel", "eager", "peft", "loha", "dense", "frozen"}
+    assert {row["pass"] for row in rows} == {"forward", "backward", "step"}
+    for dtype in ("bf16", "fp16"):
+        of_dtype = {row["provider"] for row in rows if BY_NAME[row["case"]].dtype == dtype}
+        assert of_dtype == {"ours", "dense", "frozen"}
+
+
+def test_ratios_are_of_fp32_medians_of_the_step(results):
+    result = results["linear"]
+    case = next(iter(name for name in BY_NAME if name == result["rows"][0]["case"]))
+    ours = median(result, case, "ours")
+    summary = result["summary"]
+    assert summary["speedup.gumbel"] == pytest.approx(median(result, case, "gumbel") / ours)
+    assert summary["speedup.eager_best"] == pytest.approx(median(result, case, "eager") / ours)
+    assert summary["floor_ratio"] == pytest.approx(ours / median(result, case, "dense"))
+    ours16 = median(result, f"{case} bf16", "ours")
+    assert summary["dtype_ratio.bf16"] == pytest.approx(ours16 / ours)
+
+
+def test_ours_saves_one_bit_for_each_weight(results):
+    assert results["linear"]["summary"]["saved_bits_per_weight"] == pytest.approx(1.0, abs=0.01)
+    assert results["group"]["summary"]["group.saved_bits_per_weight"] <= 1.01
+
+
+def test_group_compares_one_call_with_two(results):
+    result = results["group"]
+    case = result["rows"][0]["case"]
+    expected = median(result, case, "ours.separate") / median(result, case, "ours")
+    assert result["summary"]["group.speedup.separate"] == pytest.approx(expected)
+
+
+def test_folds_are_in_three_dtypes_and_bf16_is_rounded_once(results):
+    result = results["fold"]
+    ours = [row["case"] for row in result["rows"] if row["provider"] == "ours"]
+    assert [case.split()[-1] in ("bf16", "fp16") for case in ours] == [False, True, True]
+    assert 0.9999 <= result["summary"]["fold.correctly_rounded"] <= 1
+
+
+def test_scale_times_a_step_after_a_thousand_concepts(results):
+    result = results["scale"]
+    ratio = median(result, "1000 concepts", "ours") / median(result, "1 concepts", "ours")
+    assert result["summary"]["scale.step_1000_over_1"] == pytest.approx(ratio)
+
+
+def test_eager_code_grows_by_more_than_ours(results):
+    peaks = {row["provider"]: row["peak_mib"] for row in results["memory"]["rows"]}
+    assert peaks["eager"] > 2 * peaks["ours"]
