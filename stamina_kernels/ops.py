@@ -190,9 +190,7 @@ def _gradients(ctx: Any, backward: Any, dy: Tensor, g_forget: Tensor, g_sparse: 
 def _backward(
     ctx: Any, dy: Tensor, g_forget: Tensor, g_sparse: Tensor, _counts: Any, _bits: Any
 ) -> tuple[Any, ...]:
-    dx, factors = _gradients(
-        ctx, torch.ops.stamina.masked_linear_backward, dy, g_forget, g_sparse
-    )
+    dx, factors = _gradients(ctx, torch.ops.stamina.masked_linear_backward, dy, g_forget, g_sparse)
     none = [None] * ctx.members
     return (
         dx, none, [None] * ctx.biases, *factors, none if ctx.has_initial else [],

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from stamina_adapters.config import StaminaConfig
 
@@ -55,7 +56,8 @@ class EmbeddingMLP(nn.Module):
     """n x m matrix: an MLP m -> hidden -> m with SiLU over n learned embeddings of size m.
 
     n m + 2 hidden m + hidden + m parameters. At the start each column has mean zero (n > 1)
-    and the entries have root mean square `std`.
+    and the entries have root mean square `std`. The backward computes the activations again: kept,
+    they would take six times the memory of the mask's bits.
     """
 
     HIDDEN = 32
@@ -75,9 +77,15 @@ class EmbeddingMLP(nn.Module):
             self.weight2.mul_(gain)
             self.bias2.mul_(gain)
 
-    def forward(self) -> Tensor:
+    def _rows(self) -> Tensor:
         hidden = F.silu(F.linear(self.embedding, self.weight1, self.bias1))
         return F.linear(hidden, self.weight2, self.bias2)
+
+    def forward(self) -> Tensor:
+        if torch.compiler.is_compiling():  # a compiler decides for itself what to keep
+            return self._rows()
+        rows: Tensor = checkpoint(self._rows, use_reentrant=False, preserve_rng_state=False)
+        return rows
 
 
 class EmbeddingMLPFactors(MaskGenerator):

@@ -3,6 +3,7 @@
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -125,22 +126,28 @@ class _Case:
         )
 
 
+class _Saved:
+    """A tensor that autograd saves, for as long as its graph keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def saved_mib(forward: Callable[[], object], known: Sequence[Tensor]) -> float:
-    """MiB of unique storages that autograd saves in `forward`, other than those of `known`."""
+    """MiB of unique storages, other than those of `known`, that autograd keeps after `forward`."""
     ignored = {tensor.untyped_storage().data_ptr() for tensor in known}
-    found: dict[int, int] = {}
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        handle = _Saved(tensor)
+        saved.add(handle)
+        return handle
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda handle: handle.tensor):
         alive = forward()
-    total = sum(found.values()) / 2**20
+    storages = {s.data_ptr(): s.nbytes() for s in (h.tensor.untyped_storage() for h in saved)}
     del alive
-    return total
+    return sum(size for start, size in storages.items() if start not in ignored) / 2**20
 
 
 def _milliseconds(case: _Case, forward: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> float:
