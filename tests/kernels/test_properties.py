@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random shapes, ranks, dtypes and modes: every backend that runs here keeps the contract."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,17 @@ from stamina_kernels.reference import mask_logits
 
 AVAILABLE = [name for name in ("reference", "cpu") if backends()[name] is None]
 
+
+def smallest_result(problem):
+    """Number of elements of the smallest of y, dX and the gradients of the factors."""
+    tokens, columns = math.prod(problem["batch"]), problem["in_features"]
+    ranks = problem["rank"], problem["mask_rank"]
+    rows = problem["out_features"]
+    return min(tokens * sum(rows), tokens * columns, min(ranks) * min([*rows, columns]))
+
+
+# The rule compares root mean squares of errors. Over a few elements eager's is one random draw, which
+# may be zero by luck, and no yardstick.
 problems = st.fixed_dictionaries(
     {
         "out_features": st.lists(st.integers(1, 90), min_size=1, max_size=3),
@@ -27,7 +40,7 @@ problems = st.fixed_dictionaries(
         "tau": st.sampled_from([0.5, 1.0, 2.0]),
         "seed": st.integers(0, 1000),
     }
-)
+).filter(lambda problem: smallest_result(problem) >= 16)
 modes = st.fixed_dictionaries(
     {"hard": st.booleans(), "sparse_kind": st.sampled_from(["sigmoid", "relu"])}
 )
