@@ -197,11 +197,15 @@ def test_fold_refuses_a_list_of_first_adapters_that_leaves_the_lists():
     assert in_child(program).split() == list(map(str, middles))
 
 
-@pytest.mark.parametrize("where", [-1, -(1 << 63), (1 << 63) - 1, 1 << 34])
-def test_coordinates_out_of_range_do_no_harm(where):
-    """The public functions refuse them; here they count modulo the width of the counter."""
-    arguments = valid("sample") | {"row0": [where, where], "col0": [where, where]}
-    assert LIBRARY.sample(**arguments).shape == (sum(ROWS), 2)
+@pytest.mark.parametrize("operation", ["sample", "masked_linear", "masked_linear_backward"])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("layer_id", 1 << 32), ("row0", 1 << 32), ("col0", 1 << 34)]
+)
+def test_coordinates_beyond_the_counter_are_refused(operation, name, limit):
+    """Added to a row or a column they would overflow, or wrap to the bits of other elements."""
+    for wrong in (-1, -(1 << 63), limit, (1 << 63) - 1):
+        with pytest.raises(RuntimeError, match=name):
+            getattr(LIBRARY, operation)(**valid(operation) | {name: [0, wrong]})
 
 
 @pytest.mark.parametrize("size", [(-1, 4), (4, -1), (17, 4), (4, 129), (1 << 62, 1 << 62)])
