@@ -25,6 +25,7 @@ COPIED = ("csrc", "stamina_kernels", "tests", "setup.py", "pyproject.toml", "REA
 
 class Sanitizer(NamedTuple):
     flags: str
+    symbol: str  # that the instrumented library imports
     runtimes: tuple[str, ...]
     options: dict[str, str]
     tests: tuple[str, ...]
@@ -33,6 +34,7 @@ class Sanitizer(NamedTuple):
 SANITIZERS = {
     "address": Sanitizer(
         "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
+        "__asan_init",
         # the C++ runtime too: without it the sanitizer cannot pass exceptions on
         ("libasan.so", "libubsan.so", "libstdc++.so.6"),
         # Python itself leaks on purpose
@@ -41,14 +43,14 @@ SANITIZERS = {
             "UBSAN_OPTIONS": "print_stacktrace=1",
         },
         (
-            # tests that start another process or count correctly rounded elements add nothing here
-            "tests/kernels/test_cpu.py -k 'not environment'",
+            "tests/kernels/test_cpu.py",
             "tests/kernels/test_cpu_arguments.py",
             "tests/kernels/test_determinism.py",
         ),
     ),
     "thread": Sanitizer(
         "-fsanitize=thread -fno-omit-frame-pointer",
+        "__tsan_init",
         ("libtsan.so", "libstdc++.so.6"),
         # torch and Python are not instrumented: what they do among themselves is not looked at
         {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1"},
@@ -57,7 +59,8 @@ SANITIZERS = {
 }
 
 
-def build(folder: Path, flags: str) -> None:
+def build(folder: Path, sanitizer: Sanitizer) -> None:
+    flags = sanitizer.flags
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -72,8 +75,9 @@ def build(folder: Path, flags: str) -> None:
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=folder, env={**environment, "CXXFLAGS": flags}, check=True,
     )  # fmt: skip
-    if not (folder / "stamina_kernels" / "_cpu.so").exists():
-        sys.exit("the C++ library was not built")
+    library = folder / "stamina_kernels" / "_cpu.so"
+    if not library.exists() or sanitizer.symbol.encode() not in library.read_bytes():
+        sys.exit("the instrumented library was not built")
 
 
 def runtime(name: str) -> str:
@@ -90,7 +94,7 @@ def run(name: str) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         started = time.monotonic()
-        build(folder, sanitizer.flags)
+        build(folder, sanitizer)
         print(f"{name}: built in {time.monotonic() - started:.0f} s", flush=True)
         environment = {
             **os.environ,
@@ -100,13 +104,19 @@ def run(name: str) -> bool:
             "PYTHONMALLOC": "malloc",
         }
         started = time.monotonic()
-        tests = " ".join(sanitizer.tests)
         # shadow memory wants its addresses, which randomisation may take
-        command = ["setarch", platform.machine(), "-R", "sh", "-c"]
-        command.append(
-            f"{sys.executable} -m pytest -q -x -p no:cacheprovider --capture=sys {tests}"
+        python = ["setarch", platform.machine(), "-R", sys.executable]
+        where = "from stamina_kernels import cpu; cpu.instruction_set(); print(cpu._LIBRARY)"
+        loaded = subprocess.run(
+            [*python, "-c", where], cwd=folder, env=environment, capture_output=True, text=True
         )
-        passed = subprocess.run(command, cwd=folder, env=environment).returncode == 0
+        if loaded.stdout.strip() != str(folder / "stamina_kernels" / "_cpu.so"):
+            sys.exit(f"the instrumented library cannot be loaded: {loaded.stdout}{loaded.stderr}")
+        # reports go past Python, which pytest must not capture; tests of the environment start
+        # processes with settings of their own
+        options = ["-q", "-x", "-p", "no:cacheprovider", "--capture=sys", "-k", "not environment"]
+        tests = [*python, "-m", "pytest", *options, *sanitizer.tests]
+        passed = subprocess.run(tests, cwd=folder, env=environment).returncode == 0
         verdict = "no report" if passed else "FAILED"
         print(f"{name}: {verdict} in {time.monotonic() - started:.0f} s", flush=True)
     return passed

@@ -25,7 +25,7 @@ def smallest_result(problem):
     return min(tokens * sum(rows), tokens * columns, min(ranks) * min([*rows, columns]))
 
 
-# The rule compares root mean squares of errors. Over a few elements eager's is one random draw, which
+# The rule compares root mean squares of errors. Over a few elements eager's is one random draw that
 # may be zero by luck, and no yardstick.
 problems = st.fixed_dictionaries(
     {
