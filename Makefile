@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.stamina-installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: demo test bench lint aot format clean
+.PHONY: demo test bench lint aot sanitize format clean
 
 demo: $(INSTALLED)
 	rm -rf demo-output
@@ -22,6 +22,10 @@ bench: $(INSTALLED)
 
 aot: $(INSTALLED)
 	$(PYTHON) -m pytest -m aot tests/kernels
+
+# The C++ backend with AddressSanitizer and UndefinedBehaviorSanitizer, then with ThreadSanitizer.
+sanitize: $(INSTALLED)
+	$(PYTHON) tests/kernels/sanitize.py
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

@@ -4,7 +4,9 @@
 Each raises ValueError or TypeError naming the argument, what it was and what it should be.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from stamina_kernels.projection import CommittedAdapter, MaskedProjection
 MAX_RANK = 256
 SPARSE_KINDS = ("sigmoid", "relu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+EXPONENTS = range(-148, 129)  # of fp32 numbers in [1/2, 1)
 FACTORS = ("A", "B", "U", "V", "b")
 
 
@@ -46,6 +49,33 @@ def check_tensor(
         fail(name, tensor.dtype, "of dtype " + " or ".join(map(str, dtypes)), TypeError)
     if tensor.device != device:
         fail(name, tensor.device, f"on device {device}")
+
+
+def check_integer(name: str, value: Any, allowed: range) -> None:
+    if not isinstance(value, int):
+        fail(name, repr(value), "an integer", TypeError)
+    if not allowed.start <= value < allowed.stop:
+        fail(name, value, f"an integer in [{allowed.start}, {allowed.stop})")
+
+
+def check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)):
+        fail(name, repr(value), "a number", TypeError)
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        fail(name, value, "finite")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        fail(name, repr(value), "True or False", TypeError)
+
+
+def check_sequence(name: str, value: Any, length: int | None = None) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        fail(name, type(value).__name__, "a list", TypeError)
+    if length is not None and len(value) != length:
+        fail(name, f"{len(value)} elements", f"of {length} elements")
+    return value
 
 
 def check_scalar(
@@ -101,6 +131,9 @@ def check_projection(
     if p.weight_init is not None:
         check_tensor(f"{name}weight_init", p.weight_init, (p.weight.dtype,), device)
         check_matrix(f"{name}weight_init", p.weight_init, rows, columns)
+    for field in ("layer_id", "row0", "col0"):
+        if not isinstance(getattr(p, field), int):
+            fail(f"{name}{field}", repr(getattr(p, field)), "an integer", TypeError)
     if not 0 <= p.layer_id < 1 << 32:
         fail(f"{name}layer_id", p.layer_id, "an integer in [0, 2^32)")
     # the counter of the random stream holds i in 32 bits and j >> 2 in 32 bits
@@ -108,9 +141,20 @@ def check_projection(
         fail(f"{name}row0 and col0", (p.row0, p.col0), "rows below 2^32, columns below 2^34")
 
 
-def check_group(group: Sequence[MaskedProjection], in_features: int, device: torch.device) -> None:
-    if not group:
+def check_members(projections: Any) -> None:
+    """A non-empty list of projections; the weight of the first is a matrix."""
+    if not check_sequence("projections", projections):
         fail("projections", "none", "at least one projection")
+    for k, projection in enumerate(projections):
+        if not isinstance(projection, MaskedProjection):
+            fail(f"projections[{k}]", type(projection).__name__, "a MaskedProjection", TypeError)
+    weight = projections[0].weight
+    if not isinstance(weight, Tensor):
+        fail("projections[0].weight", type(weight).__name__, "a tensor", TypeError)
+    check_matrix("projections[0].weight", weight, None, None)
+
+
+def check_group(group: Sequence[MaskedProjection], in_features: int, device: torch.device) -> None:
     for k, projection in enumerate(group):
         check_projection(f"projections[{k}].", projection, in_features, device)
     for field in ("bias", "weight_init"):
@@ -119,6 +163,8 @@ def check_group(group: Sequence[MaskedProjection], in_features: int, device: tor
 
 
 def check_committed(name: str, adapter: CommittedAdapter, weight: Tensor) -> None:
+    if not isinstance(adapter, CommittedAdapter):
+        fail(name, type(adapter).__name__, "a CommittedAdapter", TypeError)
     rows, columns = weight.shape
     for field, dtype in (("A", torch.float16), ("B", torch.float16), ("bits", torch.int32)):
         check_tensor(f"{name}.{field}", getattr(adapter, field), (dtype,), weight.device)
@@ -126,3 +172,30 @@ def check_committed(name: str, adapter: CommittedAdapter, weight: Tensor) -> Non
     check_rank(f"{name}.A and B", adapter.A.shape[1])
     check_matrix(f"{name}.B", adapter.B, adapter.A.shape[1], columns)
     check_matrix(f"{name}.bits", adapter.bits, rows, (columns + 31) // 32)
+    check_number(f"{name}.scale", adapter.scale)
+    for exponent in check_sequence(f"{name}.exponent", adapter.exponent, length=2):
+        check_integer(f"{name}.exponent", exponent, EXPONENTS)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first address of the tensor's elements, and the first behind them."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def check_apart(weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+    """No weight, which is written, shares memory with another weight or with an input."""
+    spans = sorted((*_span(tensor), name) for name, tensor in weights.items() if tensor.numel())
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            fail(other, f"memory of {name}", "kept apart from the other weights")
+    starts = [start for start, _, _ in spans]
+    for name, tensor in inputs.items():
+        start, end = _span(tensor)
+        # weights do not overlap: only the last of those that start before the input ends can
+        before = bisect_left(starts, end) - 1
+        if start < end and before >= 0 and spans[before][1] > start:
+            fail(name, f"memory of {spans[before][2]}", "kept apart from the weights")

@@ -18,12 +18,17 @@ from stamina_kernels.checks import (
     FLOATS,
     MAX_RANK,
     SPARSE_KINDS,
+    check_apart,
     check_committed,
+    check_flag,
     check_group,
     check_logits,
     check_matrix,
+    check_members,
+    check_number,
     check_rank,
     check_scalar,
+    check_sequence,
     check_tensor,
     fail,
 )
@@ -34,7 +39,9 @@ from stamina_kernels.reference import unpack_bits
 def _as_group(
     projections: MaskedProjection | Sequence[MaskedProjection],
 ) -> Sequence[MaskedProjection]:
-    return [projections] if isinstance(projections, MaskedProjection) else projections
+    group = [projections] if isinstance(projections, MaskedProjection) else projections
+    check_members(group)
+    return group
 
 
 def _column(group: Sequence[MaskedProjection], field: str) -> list[Any]:
@@ -78,6 +85,10 @@ def masked_linear(
         fail("x", type(x).__name__, "a tensor", TypeError)
     if x.dim() == 0:
         fail("x", "a 0-dim tensor", "of shape [..., I]")
+    width = group[0].weight.shape[1]
+    # where the projections agree among themselves, x is what is wrong
+    if x.shape[-1] != width and all(getattr(p.B, "shape", ())[-1:] == (width,) for p in group):
+        fail("x", list(x.shape), f"of shape [..., {width}]")
     check_group(group, x.shape[-1], x.device)
     accumulate = group[0].A.dtype
     floats = (*FLOATS, torch.float64) if accumulate == torch.float64 else FLOATS
@@ -86,6 +97,7 @@ def masked_linear(
         check_scalar(name, scalar, (accumulate,), x.device)
     for name, scalar in (("seed", seed), ("step", step)):
         check_scalar(name, scalar, (torch.int64,), x.device)
+    check_flag("hard", hard)
     if sparse_kind not in SPARSE_KINDS:
         fail("sparse_kind", repr(sparse_kind), " or ".join(map(repr, SPARSE_KINDS)))
     x = _autocast(x)
@@ -123,12 +135,11 @@ def sample_mask(
     The same bits as `masked_linear` draws for this seed and step. Not differentiable.
     """
     group = _as_group(projections)
-    if not group:
-        fail("projections", "none", "at least one projection")
     device = group[0].weight.device
     check_group(group, group[0].weight.shape[-1], device)
     for name, scalar in (("seed", seed), ("step", step)):
         check_scalar(name, scalar, (torch.int64,), device)
+    check_flag("hard", hard)
     factors = [[t.detach() for t in _column(group, f)] for f in ("U", "V", "b")]
     bits: Tensor = torch.ops.stamina.sample(
         *factors, seed, step, *(_column(group, f) for f in ("layer_id", "row0", "col0")), hard,
@@ -150,8 +161,6 @@ def compose(
     dtype defaults to that of the first weight. Not differentiable.
     """
     group = _as_group(projections)
-    if not group:
-        fail("projections", "none", "at least one projection")
     first = group[0].weight
     check_group(group, first.shape[-1], first.device)
     accumulate = group[0].A.dtype
@@ -183,14 +192,15 @@ def commit(
 
     Fold, file and live model use only these values. Raises ValueError for a non-finite factor.
     """
+    if not isinstance(A, Tensor):
+        fail("A", type(A).__name__, "a tensor", TypeError)
     for name, tensor in zip(FACTORS, (A, B, U, V, b), strict=True):
         check_tensor(name, tensor, (torch.float32,), A.device)
     check_matrix("A", A, None, None)
     check_rank("A and B", A.shape[1])
     check_matrix("B", B, A.shape[1], None)
     check_logits("", U, V, b, A.shape[0], B.shape[1])
-    if not torch.isfinite(torch.tensor(scale)):
-        fail("scale", scale, "finite")
+    check_number("scale", scale)
     factors = [t.detach().contiguous() for t in (A, B, U, V, b)]
     A16, B16, exponent, bits = torch.ops.stamina.commit(
         *factors, dispatch.resolve(backend, A.device.type)
@@ -213,16 +223,17 @@ def fold_(
     overlap. Raises before anything is written for a bad argument; OverflowError where a result
     does not fit W's dtype, with every weight set back to weights_init.
     """
-    if not len(weights) == len(weights_init) == len(adapters):
-        fail(
-            "weights, weights_init and adapters",
-            (len(weights), len(weights_init), len(adapters)),
-            "of equal length",
-        )
+    lists = {"weights": weights, "weights_init": weights_init, "adapters": adapters}
+    lengths = tuple(len(check_sequence(name, value)) for name, value in lists.items())
+    if len(set(lengths)) != 1:
+        fail("weights, weights_init and adapters", lengths, "of equal length")
     if not weights:
         fail("weights", "none", "at least one weight")
+    if not isinstance(weights[0], Tensor):
+        fail("weights[0]", type(weights[0]).__name__, "a tensor", TypeError)
     device = weights[0].device
     first = [0]
+    inputs: dict[str, Tensor] = {}
     for k, (weight, initial, layer) in enumerate(zip(weights, weights_init, adapters, strict=True)):
         check_tensor(f"weights[{k}]", weight, FLOATS, device)
         check_matrix(f"weights[{k}]", weight, None, None)
@@ -230,11 +241,13 @@ def fold_(
         check_matrix(f"weights_init[{k}]", initial, *weight.shape)
         if not weight.is_contiguous():
             fail(f"weights[{k}]", f"strides {weight.stride()}", "contiguous")
-        if weight.untyped_storage().data_ptr() == initial.untyped_storage().data_ptr():
-            fail(f"weights_init[{k}]", "the storage of weights", "kept apart from the weight")
-        for t, adapter in enumerate(layer):
+        inputs[f"weights_init[{k}]"] = initial
+        for t, adapter in enumerate(check_sequence(f"adapters[{k}]", layer)):
             check_committed(f"adapters[{k}][{t}]", adapter, weight)
+            for field in ("A", "B", "bits"):
+                inputs[f"adapters[{k}][{t}].{field}"] = getattr(adapter, field)
         first.append(first[-1] + len(layer))
+    check_apart({f"weights[{k}]": weight for k, weight in enumerate(weights)}, inputs)
     flat = [adapter for layer in adapters for adapter in layer]
     with torch.no_grad():
         torch.ops.stamina.fold_(

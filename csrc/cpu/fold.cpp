@@ -52,7 +52,7 @@ std::vector<Layer> layers_of(const Tensors& weight, const Tensors& initial, cons
     layer.initial = matrix_of(initial[k], "weight_init", layer.rows, layer.columns);
     STD_TORCH_CHECK(layer.initial.dtype == layer.weight.dtype,
                     "weight_init must have the dtype of weight");
-    STD_TORCH_CHECK(first[k] <= first[k + 1], "first must ascend");
+    STD_TORCH_CHECK(first[k] <= first[k + 1] && first[k + 1] <= first[n], "first must ascend");
     for (auto t = static_cast<size_t>(first[k]); t < static_cast<size_t>(first[k + 1]); ++t) {
       const auto* a = data_of<uint16_t>(A[t], "A", ScalarType::Half, layer.rows, -1);
       const int64_t rank = A[t].size(1);

@@ -34,6 +34,16 @@ struct Group {
   int64_t words() const { return round_up(columns, kWordColumns) / kWordColumns; }
 };
 
+// The counter of the random stream holds rows in 32 bits and columns / 4 in 32 bits.
+inline void check_coordinates(const Coordinates& at, size_t k, int64_t rows, int64_t columns) {
+  constexpr int64_t kIds = int64_t{1} << 32, kColumns = int64_t{1} << 34;
+  STD_TORCH_CHECK(at.layer_id[k] >= 0 && at.layer_id[k] < kIds, "layer_id must be in [0, 2^32)");
+  STD_TORCH_CHECK(at.row0[k] >= 0 && at.row0[k] <= kIds - rows,
+                  "row0 must keep rows within [0, 2^32)");
+  STD_TORCH_CHECK(at.col0[k] >= 0 && at.col0[k] <= kColumns - columns,
+                  "col0 must keep columns within [0, 2^34)");
+}
+
 // The logit factors and the stream of every member.
 inline Group logits_group(const Tensors& U, const Tensors& V, const Tensors& b,
                           const Coordinates& at) {
@@ -52,6 +62,9 @@ inline Group logits_group(const Tensors& U, const Tensors& V, const Tensors& b,
     member.u = floats_of(U[k], "U", -1, -1);
     member.rows = U[k].size(0);
     member.mask_rank = static_cast<int>(U[k].size(1));
+    STD_TORCH_CHECK(member.rows > 0 && member.mask_rank > 0,
+                    "U must have at least one row and one column");
+    check_coordinates(at, k, member.rows, group.columns);
     member.v = floats_of(V[k], "V", member.mask_rank, group.columns);
     member.bias = float_of(b[k], "b");
     member.stream = {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
@@ -80,6 +93,7 @@ inline void add_products(Group& group, const Tensors& weight, const Tensors& ini
     }
     member.a = floats_of(A[k], "A", member.rows, -1);
     member.rank = static_cast<int>(A[k].size(1));
+    STD_TORCH_CHECK(member.rank > 0, "A must have at least one column");
     member.b = floats_of(B[k], "B", member.rank, group.columns);
   }
 }

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from oracle import make_problem, run
+from paths import ALL, supported
 from test_reference import committed, dense_delta, hold_against_oracle
 
 from stamina_kernels import backends, compose, fold_, masked_linear, sample_mask, unpack_bits
@@ -18,36 +19,8 @@ if backends()["cpu"] is not None:
     pytest.skip(f"backend 'cpu': {backends()['cpu']}", allow_module_level=True)
 
 LIBRARY = torch.ops.stamina_cpu
-ALL = ("portable", "avx2", "avx512")
 LOW = 0xFFFFFFFF
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def supported(name: str) -> bool:
-    previous = LIBRARY.instruction_set("")
-    try:
-        LIBRARY.instruction_set(name)
-    except RuntimeError:
-        return False
-    LIBRARY.instruction_set(previous)
-    return True
-
-
-@pytest.fixture(params=ALL)
-def isa(request):
-    if not supported(request.param):
-        pytest.skip(f"this machine lacks {request.param}")
-    previous = LIBRARY.instruction_set("")
-    LIBRARY.instruction_set(request.param)
-    yield request.param
-    LIBRARY.instruction_set(previous)
-
-
-@pytest.fixture
-def threads():
-    previous = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(previous)
 
 
 def words(seed, step, layer_id, row0, col0, rows, columns):
