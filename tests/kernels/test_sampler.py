@@ -161,9 +161,9 @@ def test_every_part_of_a_word_is_uniform_and_independent_of_the_next(backend_on_
     p_values = []
     for base in BASES:
         tiles = [
-            words(backend_on_path, **{**base, "step": base["step"] + t}, row0=16 * t, rows=16,
+            words(backend_on_path, **{**base, "step": base["step"] + t}, row0=8 * t, rows=8,
                   columns=128)
-            for t in range(100)
+            for t in range(200)
         ]  # fmt: skip
         stream = torch.stack(tiles)
         for shift in (24, 16, 8, 0):
