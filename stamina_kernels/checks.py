@@ -26,13 +26,15 @@ def fail(name: str, got: object, expected: str, error: type[Exception] = ValueEr
 
 
 def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None) -> None:
+    shape = tensor.shape
+    if (
+        len(shape) == 2
+        and (rows is None or shape[0] == rows)
+        and (columns is None or shape[1] == columns)
+    ):
+        return
     wanted = f"[{'*' if rows is None else rows}, {'*' if columns is None else columns}]"
-    fits = tensor.dim() == 2 and all(
-        want is None or have == want
-        for have, want in zip(tensor.shape, (rows, columns), strict=True)
-    )
-    if not fits:
-        fail(name, list(tensor.shape), f"of shape {wanted}")
+    fail(name, list(shape), f"of shape {wanted}")
 
 
 def check_rank(name: str, rank: int) -> None:
@@ -179,11 +181,12 @@ def check_committed(name: str, adapter: CommittedAdapter, weight: Tensor) -> Non
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first address of the tensor's elements, and the first behind them."""
-    start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
+    start, count = tensor.data_ptr(), tensor.numel()
+    if count and not tensor.is_contiguous():
+        count = 1 + sum(
+            (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+    return start, start + count * tensor.element_size()
 
 
 def check_apart(weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:

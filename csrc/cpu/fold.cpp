@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fold of committed adapters into the weights of many layers.
 //
-// Tasks are blocks of 144 x 128 weights: the fp32 sum of the deltas, 72 KiB, stays in L2 while all
-// adapters of the layer pass, so that W is read and written once whatever their number.
+// Tasks are blocks of 96 x 512 weights: the fp32 sum of the deltas, 192 KiB, stays in L2 while all
+// adapters of the layer pass, so that W is read and written once whatever their number. 512 columns
+// are a cache line of mask bits.
 #include <atomic>
 #include <cstring>
 
@@ -12,7 +13,8 @@
 namespace stamina {
 namespace {
 
-constexpr int64_t kFoldRows = 12 * kTileRows;
+constexpr int64_t kFoldRows = 8 * kTileRows;
+constexpr int64_t kFoldColumns = 4 * kTileColumns;
 
 struct Adapter {
   const uint16_t *a, *b;
@@ -75,49 +77,68 @@ int highest_rank(const std::vector<Layer>& layers) {
   return highest;
 }
 
+// total: a panel of kFoldRows x kTileColumns for each tile of columns.
 struct FoldBuffers {
   Scratch<float> total, left, right;
 
   explicit FoldBuffers(int rank)
-      : total(kFoldRows * kTileColumns), left(kFoldRows * rank), right(rank * kTileColumns) {}
+      : total(kFoldRows * kFoldColumns), left(kFoldRows * rank), right(rank * kTileColumns) {}
+
+  float* at(int64_t row, int64_t column) const {
+    return total.get() + column / kTileColumns * kFoldRows * kTileColumns + row * kTileColumns;
+  }
 };
 
-void add_adapter(const Layer& layer, const Adapter& adapter, const Task& task, int64_t rows,
-                 int columns, const FoldBuffers& buffers) {
-  const Kernels& kernels = active_kernels();
-  kernels.convert(adapter.a + task.row * adapter.rank, DType::kFloat16, buffers.left.get(),
-                  DType::kFloat32, rows * adapter.rank);
+// The rows of A times the adapter's coefficient, as fp32.
+void load_left(const Adapter& adapter, int64_t row, int64_t rows, float* left) {
+  const int64_t count = rows * adapter.rank;
+  active_kernels().convert(adapter.a + row * adapter.rank, DType::kFloat16, left, DType::kFloat32,
+                           count);
+  for (int64_t i = 0; i < count; ++i) left[i] *= adapter.coefficient;
+}
+
+void load_right(const Adapter& adapter, int64_t total, int64_t first, int columns, float* right) {
   for (int k = 0; k < adapter.rank; ++k) {
-    float* strip = buffers.right.get() + k * kTileColumns;
-    kernels.convert(adapter.b + k * layer.columns + task.column, DType::kFloat16, strip,
-                    DType::kFloat32, columns);
+    float* strip = right + k * kTileColumns;
+    active_kernels().convert(adapter.b + k * total + first, DType::kFloat16, strip, DType::kFloat32,
+                             columns);
     for (int j = columns; j < round_up(columns, kWordColumns); ++j) strip[j] = 0.0f;
   }
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    kernels.fold({static_cast<int>(least(kTileRows, rows - i)),
-                  columns,
-                  {buffers.left.get() + i * adapter.rank, buffers.right.get(), adapter.rank},
-                  adapter.coefficient,
-                  adapter.bits + (task.row + i) * layer.words() + task.column / kWordColumns,
-                  layer.words(),
-                  buffers.total.get() + i * kTileColumns});
+}
+
+void add_adapter(const Layer& layer, const Adapter& adapter, const Task& task, int64_t rows,
+                 int64_t columns, const FoldBuffers& buffers) {
+  load_left(adapter, task.row, rows, buffers.left.get());
+  for (int64_t j = 0; j < columns; j += kTileColumns) {
+    const int64_t first = task.column + j;
+    const int width = static_cast<int>(least(kTileColumns, columns - j));
+    load_right(adapter, layer.columns, first, width, buffers.right.get());
+    active_kernels().fold({static_cast<int>(rows),
+                           width,
+                           {buffers.left.get(), buffers.right.get(), adapter.rank},
+                           adapter.bits + task.row * layer.words() + first / kWordColumns,
+                           layer.words(),
+                           buffers.at(0, j)});
   }
 }
 
 // Returns whether every result is finite.
 bool fold_block(const Layer& layer, const Task& task, const FoldBuffers& buffers) {
   const int64_t rows = least(kFoldRows, layer.rows - task.row);
-  const int columns = static_cast<int>(least(kTileColumns, layer.columns - task.column));
-  std::memset(buffers.total.get(), 0, sizeof(float) * kFoldRows * kTileColumns);
+  const int64_t columns = least(kFoldColumns, layer.columns - task.column);
+  std::memset(buffers.total.get(), 0, sizeof(float) * kFoldRows * kFoldColumns);
   for (const Adapter& adapter : layer.adapters) {
     add_adapter(layer, adapter, task, rows, columns, buffers);
   }
   bool finite = true;
   for (int64_t i = 0; i < rows; ++i) {
-    const Matrix source = matrix_at(layer.initial, task.row + i, task.column);
-    const Matrix target = matrix_at(layer.weight, task.row + i, task.column);
-    finite &= active_kernels().round_sum(buffers.total.get() + i * kTileColumns, source.data,
-                                         target.data, columns, target.dtype);
+    for (int64_t j = 0; j < columns; j += kTileColumns) {
+      const Matrix source = matrix_at(layer.initial, task.row + i, task.column + j);
+      const Matrix target = matrix_at(layer.weight, task.row + i, task.column + j);
+      finite &= active_kernels().round_sum(buffers.at(i, j), source.data, target.data,
+                                           static_cast<int>(least(kTileColumns, columns - j)),
+                                           target.dtype);
+    }
   }
   return finite;
 }
@@ -137,7 +158,7 @@ int64_t fold_(const Tensors& weight, const Tensors& weight_init, const Tensors& 
     if (layers[k].adapters.empty()) restore(layers[k]);
     if (layers[k].adapters.empty()) continue;
     for (int64_t i = 0; i < layers[k].rows; i += kFoldRows) {
-      for (int64_t j = 0; j < layers[k].columns; j += kTileColumns) {
+      for (int64_t j = 0; j < layers[k].columns; j += kFoldColumns) {
         tasks.push_back({static_cast<int64_t>(k), i, j});
       }
     }

@@ -113,11 +113,10 @@ struct BackwardTile {
   double* d_bias;
 };
 
-// total += c M (.) (left right); total is rows x kTileColumns.
+// total += M (.) (left right) for any number of rows; total has rows of kTileColumns.
 struct FoldTile {
   int rows, columns;
   LowRank product;
-  float coefficient;
   const uint32_t* bits;
   int64_t bits_stride;
   float* total;
