@@ -89,14 +89,6 @@ struct FoldBuffers {
   }
 };
 
-// The rows of A times the adapter's coefficient, as fp32.
-void load_left(const Adapter& adapter, int64_t row, int64_t rows, float* left) {
-  const int64_t count = rows * adapter.rank;
-  active_kernels().convert(adapter.a + row * adapter.rank, DType::kFloat16, left, DType::kFloat32,
-                           count);
-  for (int64_t i = 0; i < count; ++i) left[i] *= adapter.coefficient;
-}
-
 void load_right(const Adapter& adapter, int64_t total, int64_t first, int columns, float* right) {
   for (int k = 0; k < adapter.rank; ++k) {
     float* strip = right + k * kTileColumns;
@@ -108,7 +100,8 @@ void load_right(const Adapter& adapter, int64_t total, int64_t first, int column
 
 void add_adapter(const Layer& layer, const Adapter& adapter, const Task& task, int64_t rows,
                  int64_t columns, const FoldBuffers& buffers) {
-  load_left(adapter, task.row, rows, buffers.left.get());
+  active_kernels().convert(adapter.a + task.row * adapter.rank, DType::kFloat16, buffers.left.get(),
+                           DType::kFloat32, rows * adapter.rank);
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     const int64_t first = task.column + j;
     const int width = static_cast<int>(least(kTileColumns, columns - j));
@@ -116,6 +109,7 @@ void add_adapter(const Layer& layer, const Adapter& adapter, const Task& task, i
     active_kernels().fold({static_cast<int>(rows),
                            width,
                            {buffers.left.get(), buffers.right.get(), adapter.rank},
+                           adapter.coefficient,
                            adapter.bits + task.row * layer.words() + first / kWordColumns,
                            layer.words(),
                            buffers.at(0, j)});

@@ -247,31 +247,35 @@ void backward(const BackwardTile& t) {
            t.d_logits_right);
 }
 
-// Takes a product where bits are set.
+// Takes c times a product where bits are set. c is not put into a factor beforehand: products of
+// the committed fp16 values are exact in fp32.
 struct MaskedOut {
   float* total;
   const uint32_t* bits;
   int64_t bits_stride;
   int column;
+  F coefficient;
 
   MaskedOut below(int rows) const {
-    return {total + rows * kTileColumns, bits + rows * bits_stride, bits_stride, column};
+    return {total + rows * kTileColumns, bits + rows * bits_stride, bits_stride, column,
+            coefficient};
   }
   MaskedOut beside(int columns) const {
-    return {total + columns, bits, bits_stride, column + columns};
+    return {total + columns, bits, bits_stride, column + columns, coefficient};
   }
   void put(int i, int v, F x) const {
     const int at = column + v * kWidth;
     const Word word = word_of(bits[i * bits_stride + at / kWordColumns]);
     const M kept = lanes_of(word, at % kWordColumns / kWidth);
     float* target = total + i * kTileColumns + v * kWidth;
-    store(target, add(load(target), keep(kept, x)));
+    store(target, add(load(target), keep(kept, mul(coefficient, x))));
   }
 };
 
 void fold(const FoldTile& t) {
   gemm(t.rows, whole_words(t.columns), t.product.rank, {t.product.left, t.product.rank, 1},
-       t.product.right, kTileColumns, MaskedOut{t.total, t.bits, t.bits_stride, 0});
+       t.product.right, kTileColumns,
+       MaskedOut{t.total, t.bits, t.bits_stride, 0, set(t.coefficient)});
 }
 
 bool round_sum(const float* total, const void* source, void* target, int columns, DType dtype) {

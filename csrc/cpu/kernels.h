@@ -113,10 +113,11 @@ struct BackwardTile {
   double* d_bias;
 };
 
-// total += M (.) (left right) for any number of rows; total has rows of kTileColumns.
+// total += c M (.) (left right) for any number of rows; total has rows of kTileColumns.
 struct FoldTile {
   int rows, columns;
   LowRank product;
+  float coefficient;
   const uint32_t* bits;
   int64_t bits_stride;
   float* total;
