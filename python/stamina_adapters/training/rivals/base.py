@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all rivals share: a token, a delta on every adapted layer, the fold, and what is carried on.
+"""What all rivals share: a token, a delta on every adapted layer, the fold, what is carried on."""
 
-After the concepts 1..t a layer's weight is W_t = round(W_init + C_t), with C_t the fp32 sum of all
-that was learned: rounded once, so that 16-bit weights lose no small delta. What happens to C is
-the method's own.
-"""
-
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from stamina_adapters.concept import weight_digest
 from stamina_adapters.config import StaminaConfig, TokenConfig
 from stamina_adapters.files import write_beside
 from stamina_adapters.inject import find_targets, init_seed, layer_id
@@ -23,8 +20,17 @@ from stamina_adapters.tokens import add_custom_token, fold_custom_token
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.rivals.delta import Delta, DeltaLinear
 
-_LEARNED = "learned"
+_LEARNED, _WEIGHTS = "learned", "weights"
 _Self = TypeVar("_Self", bound="RivalMethod")
+
+
+def _digest(layers: dict[str, nn.Module]) -> Tensor:
+    """SHA-256 of the layers' weights: a state goes on with the weights it was taken with."""
+    digest = hashlib.sha256()
+    for path, layer in sorted(layers.items()):
+        weight: Any = layer.weight
+        digest.update(f"{path} {weight_digest(weight)}\n".encode())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 class RivalSettings(BaseModel):
@@ -53,15 +59,15 @@ class LowRankSettings(RivalSettings):
 class RivalMethod:
     """A `Method` made of one `Delta` for every adapted layer.
 
-    kind          the method's name
-    carries       names of the tensors that every layer keeps from concept to concept
-    from_initial  every concept is learned on W_init, not on W with the earlier ones
+    kind     the method's name
+    carries  names of the tensors that every layer keeps from concept to concept, no more than the
+             method needs; with "initial", W_init, every concept is learned on W_init and not on
+             the weight that has the earlier ones in it
     """
 
     kind: ClassVar[str]
     settings_type: ClassVar[type[BaseModel]] = RivalSettings
-    carries: ClassVar[tuple[str, ...]] = ("initial", "change")
-    from_initial: ClassVar[bool] = False
+    carries: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Any = None) -> None:
         self._settings: Any = self.settings_type() if settings is None else settings
@@ -81,9 +87,15 @@ class RivalMethod:
         """The layer's new delta, on the CPU; `generator` is seeded for concept and layer."""
         raise NotImplementedError
 
-    def _change(self, path: str, delta: Delta) -> Tensor:
-        """C_t of a layer from what it carries and the delta as learned, fp32 [O, I]."""
-        return self._carried["change"][path] + delta()
+    def _fold(self, path: str, layer: DeltaLinear) -> Tensor:
+        """W_t of a layer, rounded to its dtype afterwards; moves on what the layer carries."""
+        return layer.weight + layer.delta()
+
+    def _add_to_change(self, path: str, D: Tensor) -> Tensor:
+        """C_t = C_{t-1} + D, the fp32 sum of all that was learned, which becomes carried."""
+        change = self._carried["change"]
+        change[path] = change[path] + D if path in change else D.clone()
+        return change[path]
 
     def _groups(self, token: nn.Module) -> list[dict]:
         factors = [p for layer in self._layers.values() for p in layer.delta.factors()]
@@ -101,10 +113,8 @@ class RivalMethod:
     # ---- the protocol
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
-        model = adapted_model(pipe)
         self._pipe, self._config, self._concept = pipe, config, concept
-        targets = find_targets(model, self._target_modules()) if self._target_modules() else {}
-        self._remember(targets)
+        targets = self._targets(pipe)
         seed = concept.seed(config.seed)
         seeded = self._token().model_copy(update={"seed": seed})
         token = add_custom_token(pipe, concept.token, seeded)
@@ -112,8 +122,9 @@ class RivalMethod:
             number = init_seed(StaminaConfig(seed=seed), layer_id(concept.name, path))
             generator = torch.Generator().manual_seed(number)
             weight: Any = layer.weight
-            if self.from_initial:
-                weight.data.copy_(self._carried["initial"][path])
+            if "initial" in self._carried:
+                initial = self._carried["initial"].setdefault(path, weight.detach().clone())
+                weight.data.copy_(initial)
             self._layers[path] = DeltaLinear.attach(layer, self._delta(path, weight, generator))
         return self._groups(token)
 
@@ -140,9 +151,7 @@ class RivalMethod:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{self._concept.token}: {key} is not finite")
         for path, layer in self._layers.items():
-            change = self._change(path, layer.delta)
-            self._carried["change"][path] = change
-            layer.weight.copy_(self._carried["initial"][path] + change)
+            layer.weight.copy_(self._fold(path, layer))
             layer.detach()
         self._layers = {}
         fold_custom_token(self._pipe, self._concept.token)
@@ -162,7 +171,10 @@ class RivalMethod:
             for path, tensor in layers.items()
         }
         # the name keeps two methods that carry alike apart
-        return {f"{_LEARNED}/{self.kind}": torch.tensor(self._learned), **tensors}
+        tensors[f"{_LEARNED}/{self.kind}"] = torch.tensor(self._learned)
+        if self._pipe is not None:
+            tensors[_WEIGHTS] = _digest(self._targets(self._pipe))
+        return tensors
 
     def load_state_dict(self, pipe: Any, state: dict[str, Tensor]) -> None:
         if self._learned or self._layers:
@@ -171,42 +183,37 @@ class RivalMethod:
         learned = state.pop(f"{_LEARNED}/{self.kind}", None)
         if learned is None:
             raise ValueError(f"the state is not one of {self.kind!r}")
-        model = adapted_model(pipe)
+        targets = self._targets(pipe)
+        weights = state.pop(_WEIGHTS, None)  # none was taken before the first concept
+        fits = not learned if weights is None else torch.equal(weights.cpu(), _digest(targets))
+        if not fits:
+            raise ValueError(
+                f"the state of {self.kind!r} does not belong to this pipeline's weights"
+            )
         carried: dict[str, dict[str, Tensor]] = {name: {} for name in self.carries}
         for key, tensor in state.items():
             name, _, path = key.partition("/")
-            if name not in carried:
+            if name not in carried or path not in targets:
                 raise ValueError(f"the state of {self.kind!r} holds an unknown key {key!r}")
-            device = model.get_submodule(path).weight.device
-            carried[name][path] = tensor.to(device).clone()  # type: ignore[arg-type]
-        for path, initial in carried.get("initial", {}).items():
-            weight: Any = model.get_submodule(path).weight
-            expected = (initial + carried["change"][path]).to(weight.dtype)
-            if initial.dtype != weight.dtype or not torch.equal(expected, weight):
-                raise ValueError(f"the state does not belong to this pipeline's {path!r}")
+            weight: Any = targets[path].weight
+            carried[name][path] = tensor.to(weight.device, copy=True)
+        wanted = targets.keys() if learned else set()
+        if any(layers.keys() != wanted for layers in carried.values()):
+            raise ValueError(f"the state of {self.kind!r} is incomplete")
         self._carried, self._learned, self._pipe = carried, int(learned), pipe
 
     # ---- helpers
 
-    def _remember(self, targets: dict[str, nn.Module]) -> None:
-        """W_init and C_0 = 0 before the first concept."""
-        if not targets:
-            return
-        initial = self._carried["initial"]
-        if not initial:
-            for path, layer in targets.items():
-                weight: Any = layer.weight
-                initial[path] = weight.detach().clone()
-                self._carried["change"][path] = torch.zeros_like(weight, dtype=torch.float32)
-        elif initial.keys() != targets.keys():
-            raise ValueError("the pipeline has other layers than the one of the earlier concepts")
+    def _targets(self, pipe: Any) -> dict[str, nn.Module]:
+        names = self._target_modules()
+        return find_targets(adapted_model(pipe), names) if names else {}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All that was learned for the live concept: parameters by layer, and the word's vector."""
+        """All that was learned for the live concept: tensors by layer, and the word's vector."""
         tensors = {
             f"{path}.{name}": tensor.detach().cpu().clone().contiguous()
             for path, layer in self._layers.items()
-            for name, tensor in layer.delta.named_parameters()
+            for name, tensor in layer.delta.learned().items()
         }
         number = self._pipe.tokenizer.convert_tokens_to_ids(self._concept.token)
         vector = self._pipe.text_encoder.get_input_embeddings()(

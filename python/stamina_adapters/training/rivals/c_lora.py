@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stamina_adapters.config import TokenConfig
 from stamina_adapters.training.rivals.base import LowRankSettings
+from stamina_adapters.training.rivals.delta import DeltaLinear
 from stamina_adapters.training.rivals.lora import LoRA
 
 
@@ -32,6 +33,7 @@ class CLoRA(LoRA):
 
     kind = "c-lora"
     settings_type = CLoRASettings
+    carries = ("change",)
 
     def penalty(self) -> Tensor | None:
         if not self._learned:
@@ -41,3 +43,7 @@ class CLoRA(LoRA):
             for path, layer in self._layers.items()
         ]
         return self._settings.forget_weight * torch.stack(terms).sum()
+
+    def _fold(self, path: str, layer: DeltaLinear) -> Tensor:
+        self._add_to_change(path, layer.delta())
+        return super()._fold(path, layer)

@@ -29,6 +29,10 @@ class Delta(nn.Module):
         """What AdamW trains at the method's main rate."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def learned(self) -> dict[str, Tensor]:
+        """What a concept's file keeps of this layer."""
+        return dict(self.named_parameters())
+
 
 class DenseDelta(Delta):
     """D is a parameter, zero at the start: W itself is trained, in fp32 whatever its dtype."""

@@ -30,7 +30,7 @@ from stamina_adapters.training.rivals.custom_diffusion import (
     CustomDiffusion,
     CustomDiffusionSettings,
 )
-from stamina_adapters.training.rivals.delta import Delta
+from stamina_adapters.training.rivals.delta import DeltaLinear
 
 
 class EWCSettings(CustomDiffusionSettings):
@@ -45,7 +45,7 @@ class EWC(CustomDiffusion):
 
     kind = "ewc"
     settings_type = EWCSettings
-    carries = ("initial", "change", "fisher", "pull", "constant")
+    carries = ("fisher", "pull", "constant")
 
     def penalty(self) -> Tensor | None:
         if not self._learned:
@@ -68,12 +68,12 @@ class EWC(CustomDiffusion):
             for path, gradient in zip(parameters, gradients, strict=True):
                 self._fisher[path].addcmul_(gradient, gradient, value=1 / count)
 
-    def _change(self, path: str, delta: Delta) -> Tensor:
-        D = delta().detach()
+    def _fold(self, path: str, layer: DeltaLinear) -> Tensor:
+        D = layer.delta()
         fisher = self._carried["fisher"].get(path, torch.zeros_like(D))
         pull = self._carried["pull"].get(path, torch.zeros_like(D))
         constant = self._carried["constant"].get(path, D.new_zeros(()))
         self._carried["constant"][path] = constant - ((2 * pull - fisher * D) * D).sum()
         self._carried["pull"][path] = pull - fisher * D
         self._carried["fisher"][path] = fisher + self._fisher[path]
-        return super()._change(path, delta)
+        return super()._fold(path, layer)

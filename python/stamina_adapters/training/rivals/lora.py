@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from stamina_adapters.training.rivals.base import LowRankSettings, RivalMethod
-from stamina_adapters.training.rivals.delta import LowRankDelta, initial_B
+from stamina_adapters.training.rivals.delta import DeltaLinear, LowRankDelta, initial_B
 
 
 class LoRA(RivalMethod):
@@ -34,4 +34,7 @@ class MergedLoRA(LoRA):
     """Every LoRA learned on W_init; their sum is in the model after each concept."""
 
     kind = "lora-merge"
-    from_initial = True
+    carries = ("initial", "change")
+
+    def _fold(self, path: str, layer: DeltaLinear) -> Tensor:
+        return self._carried["initial"][path] + self._add_to_change(path, layer.delta())

@@ -33,8 +33,9 @@ from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.methods import StaminaSettings
 from stamina_adapters.training.penalties import DensityHinge
 from stamina_adapters.training.rivals.base import RivalMethod
-from stamina_adapters.training.rivals.delta import LowRankDelta, initial_B
+from stamina_adapters.training.rivals.delta import DeltaLinear, LowRankDelta, initial_B
 from stamina_kernels.philox import uniform
+from stamina_kernels.reference import pack_bits
 
 
 class MaskedSettings(BaseModel):
@@ -152,10 +153,10 @@ class MaskedDelta(LowRankDelta):
             M = torch.sigmoid(L / self.tau)
         elif self.noise is None:
             z = torch.sigmoid(L / self.tau)
-            M = (L > 0).float() + z - z.detach()
+            M = (L > 0).float() + (z - z.detach())  # in this order M is exactly 0 or 1
         else:
             z = torch.sigmoid((L - torch.logit(self.noise)) / self.tau)
-            M = (self.noise < torch.sigmoid(L)).float() + z - z.detach()
+            M = (self.noise < torch.sigmoid(L)).float() + (z - z.detach())
         return M if self.allowed is None else M * self.allowed
 
     def forward(self) -> Tensor:
@@ -177,12 +178,21 @@ class MaskedDelta(LowRankDelta):
     def factors(self) -> list[nn.Parameter]:
         return [self.A, self.B]
 
+    def learned(self) -> dict[str, Tensor]:
+        """A, B and the mask: `bits` packed as in STAMINA's files, or the values `mask`."""
+        kept: dict[str, Tensor] = {"A": self.A, "B": self.B}
+        M = self.mask()
+        if M is not None:
+            kept |= {"mask": M} if self.soft else {"bits": pack_bits(M > 0.5)}
+        return kept
+
 
 class MaskedMethod(RivalMethod):
     """STAMINA in eager PyTorch; see the module."""
 
     kind = "ablation"
     settings_type = MaskedSettings
+    carries = ("change",)
 
     def _target_modules(self) -> tuple[str, ...]:
         adapter: StaminaConfig = self._settings.stamina.adapter
@@ -224,7 +234,7 @@ class MaskedMethod(RivalMethod):
         logits = None if kind == "none" else self._logits(rows, columns, generator)
         B = initial_B(self._adapter.r, columns, generator)
         delta = MaskedDelta(rows, B, self._adapter.scale, self._adapter.tau, kind == "soft", logits)
-        if not self._settings.reuse:
+        if not self._settings.reuse and self._learned:
             delta.allowed = self._carried["change"][path] == 0
         return delta
 
@@ -295,6 +305,10 @@ class MaskedMethod(RivalMethod):
             if self._masked and (weight := self._weights[path]):
                 terms.append(weight * delta.sparse(self._adapter.sparse_kind))
         return torch.stack(terms).sum() if terms else None
+
+    def _fold(self, path: str, layer: DeltaLinear) -> Tensor:
+        self._add_to_change(path, layer.delta())
+        return super()._fold(path, layer)
 
     def finish(self) -> dict[str, Tensor]:
         self.set_sampling(False)

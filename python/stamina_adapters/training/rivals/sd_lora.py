@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stamina_adapters.training.rivals.base import LowRankSettings, RivalMethod
-from stamina_adapters.training.rivals.delta import Delta, LowRankDelta, initial_B
+from stamina_adapters.training.rivals.delta import DeltaLinear, LowRankDelta, initial_B
 
 
 class DecoupledDelta(LowRankDelta):
@@ -71,8 +71,7 @@ class SDLoRA(RivalMethod):
 
     kind = "sd-lora"
     settings_type = SDLoRASettings
-    carries = ("initial", "change", "A", "B")
-    from_initial = True
+    carries = ("initial", "A", "B")
 
     def _delta(self, path: str, weight: Tensor, generator: torch.Generator) -> DecoupledDelta:
         rows, columns = weight.shape
@@ -82,12 +81,14 @@ class SDLoRA(RivalMethod):
         return DecoupledDelta(rows, B, self._settings.scale, A, earlier)
 
     def _groups(self, token: nn.Module) -> list[dict]:
-        gains: list[Any] = [layer.delta.gain for layer in self._layers.values()]
         groups = super()._groups(token)
-        return [*groups, {"params": gains, "lr": self._settings.magnitude_learning_rate}]
+        if self._learned:
+            gains: list[Any] = [layer.delta.gain for layer in self._layers.values()]
+            groups.append({"params": gains, "lr": self._settings.magnitude_learning_rate})
+        return groups
 
-    def _change(self, path: str, delta: Delta) -> Tensor:
-        assert isinstance(delta, DecoupledDelta)
-        A, B = delta.scaled_A().detach(), delta.all_B().detach()
+    def _fold(self, path: str, layer: DeltaLinear) -> Tensor:
+        delta: Any = layer.delta
+        A, B = delta.scaled_A(), delta.all_B()
         self._carried["A"][path], self._carried["B"][path] = A, B
-        return A @ B
+        return self._carried["initial"][path] + A @ B

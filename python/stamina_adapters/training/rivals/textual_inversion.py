@@ -23,7 +23,6 @@ class TextualInversion(RivalMethod):
 
     kind = "textual-inversion"
     settings_type = TextualInversionSettings
-    carries = ()
 
     def _target_modules(self) -> tuple[Any, ...]:
         return ()
