@@ -148,6 +148,37 @@ def test_a_resumed_stamina_unfolds_earlier_concepts_exactly(stock_pipe, pipe, tm
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_staminas_state_is_checked_before_anything_changes(pipe):
+    trainer = _trainer(pipe, "stamina")
+    trainer.learn(_concept(1), _dataset(1))
+    state = trainer.method.state_dict()
+    method = METHODS["stamina"](STAMINA)
+    with pytest.raises(RuntimeError, match="has the concepts v1 already"):
+        method.load_state_dict(pipe, state)
+
+    del pipe.unet.__dict__["_stamina_state"]
+    first = next(key for key in state if key.startswith("initial/"))
+    missing = {key: tensor for key, tensor in state.items() if key != first}
+    other = {**state, first: state[first] + 1}
+    cut = {**state, "concept/000000": state["concept/000000"][:-9]}
+    for wrong, message in (
+        (missing, "initial has no weight for"),
+        (other, "'v1' was learned on another"),
+        (cut, "concept/000000: not readable as safetensors"),
+        ({**state, "more": state[first]}, "the state is not one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method.load_state_dict(pipe, wrong)
+        assert "_stamina_state" not in pipe.unet.__dict__
+    method.load_state_dict(pipe, state)
+
+
+def test_a_state_before_the_first_concept_is_a_beginning(pipe):
+    for name, settings in SETTINGS.items():
+        state = METHODS[name](settings).state_dict()
+        METHODS[name](settings).load_state_dict(pipe, state)
+
+
 @pytest.mark.parametrize("name", ["stamina", "lora", "ewc", "sd-lora"])
 def test_a_state_of_something_else_is_refused(stock_pipe, pipe, name):
     trainer = _trainer(pipe, name)
