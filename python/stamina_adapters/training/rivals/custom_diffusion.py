@@ -22,7 +22,7 @@ from stamina_adapters.training.rivals.delta import DenseDelta
 class CustomDiffusionSettings(RivalSettings):
     """A full weight is trained at a lower rate than factors."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="rate of the weights")
+    learning_rate: float = Field(3e-4, gt=0, description="rate of the weights")
 
 
 class CustomDiffusion(RivalMethod):
