@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from stamina_adapters.concept import ConceptState, Tokens, check_name
@@ -62,12 +62,13 @@ def _metadata(concept: ConceptState) -> dict[str, str]:
     return {_ENTRY: json.dumps(described)}
 
 
-def _write(file: Path, concept: ConceptState) -> None:
-    if file.name in _STOCK_NAMES:
-        raise ValueError(
-            f"file must not be named {file.name}: other tools would load it and drop the mask"
-        )
-    data = save(_tensors(concept), _metadata(concept))
+def concept_to_bytes(concept: ConceptState) -> bytes:
+    """The contents of the concept's file."""
+    return save(_tensors(concept), _metadata(concept))
+
+
+def write_beside(file: Path, data: bytes) -> None:
+    """Write `data` to a temporary file next to `file` and rename it."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -77,6 +78,14 @@ def _write(file: Path, concept: ConceptState) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _write(file: Path, concept: ConceptState) -> None:
+    if file.name in _STOCK_NAMES:
+        raise ValueError(
+            f"file must not be named {file.name}: other tools would load it and drop the mask"
+        )
+    write_beside(file, concept_to_bytes(concept))
 
 
 def _concepts(source: Any) -> list[ConceptState]:
@@ -114,7 +123,7 @@ def save_stamina_weights(path: str | os.PathLike[str], source: Any) -> list[Path
     return files
 
 
-def _describe(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _describe(file: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
     if _ENTRY not in metadata:
         raise ValueError(f"{file}: not a STAMINA file: its header has no {_ENTRY!r} entry")
     try:
@@ -135,7 +144,7 @@ def _describe(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     return fields
 
 
-def _check_keys(file: Path, described: dict[str, Any], present: set[str]) -> None:
+def _check_keys(file: Path | str, described: dict[str, Any], present: set[str]) -> None:
     parts = ("A", "B", "exponent", "bits")
     expected = {f"{path}.{part}" for path in described["layers"] for part in parts}
     expected |= {f"{_TOKEN}{c}/{t}" for c, tokens in described["tokens"].items() for t in tokens}
@@ -145,7 +154,9 @@ def _check_keys(file: Path, described: dict[str, Any], present: set[str]) -> Non
         raise ValueError(f"{file}: unexpected keys: {', '.join(unexpected)}")
 
 
-def _adapter(file: Path, path: str, tensors: dict[str, Tensor], scale: float) -> CommittedAdapter:
+def _adapter(
+    file: Path | str, path: str, tensors: dict[str, Tensor], scale: float
+) -> CommittedAdapter:
     A, B, exponent, bits = (tensors[f"{path}.{p}"] for p in ("A", "B", "exponent", "bits"))
     rank = A.shape[-1]
     if A.dim() != 2 or B.dim() != 2 or B.shape[0] != rank:
@@ -167,17 +178,9 @@ def _adapter(file: Path, path: str, tensors: dict[str, Tensor], scale: float) ->
     return CommittedAdapter(A, B, (ea, eb), bits, scale)
 
 
-def read_stamina_weights(file: str | os.PathLike[str]) -> ConceptState:
-    """The concept in a file. Raises FileNotFoundError, or ValueError naming what is wrong in it."""
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"no such file: {file}")
-    try:
-        with safe_open(file, framework="pt") as reader:
-            metadata = reader.metadata() or {}
-            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
+def _concept(
+    file: Path | str, metadata: dict[str, str], tensors: dict[str, Tensor]
+) -> ConceptState:
     described = _describe(file, metadata)
     _check_keys(file, described, set(tensors))
     layers = {
@@ -196,6 +199,30 @@ def read_stamina_weights(file: str | os.PathLike[str]) -> ConceptState:
         digests={path: layer["base"] for path, layer in described["layers"].items()},
         tokens=tokens,
     )
+
+
+def concept_from_bytes(data: bytes, source: str) -> ConceptState:
+    """The concept in a file's contents; ValueError, which begins with `source`, as when reading."""
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{source}: not readable as safetensors: {error}") from error
+    return _concept(source, header.get("__metadata__") or {}, tensors)
+
+
+def read_stamina_weights(file: str | os.PathLike[str]) -> ConceptState:
+    """The concept in a file. Raises FileNotFoundError, or ValueError naming what is wrong in it."""
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"no such file: {file}")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            metadata = reader.metadata() or {}
+            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
+    return _concept(file, metadata, tensors)
 
 
 def load_stamina_weights(

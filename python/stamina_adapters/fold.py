@@ -328,6 +328,44 @@ def fold_concepts(
     hook_scale(model, state)
 
 
+def restore_concepts(
+    pipe_or_module: Any, concepts: Sequence[ConceptState], initial: dict[str, Tensor]
+) -> None:
+    """Take up the concepts that a reloaded model's weights hold already, to learn further.
+
+    `initial` is W_init by module path. The weights stay as they are. Raises RuntimeError where the
+    model knows concepts already, ValueError where W_init is not the one the concepts were learned
+    on or the weights are not the fold of exactly these concepts. Then nothing has been changed.
+    """
+    model = adapted_model(pipe_or_module)
+    known = find_state(model)
+    if known is not None and known.names:
+        raise RuntimeError(f"the model has the concepts {', '.join(known.names)} already")
+    state = known or ModelState()
+    folded = [FoldedConcept(c) for c in sorted(concepts, key=lambda c: (c.index, c.name))]
+    found: dict[nn.Module, Tensor] = {}
+    for path in _paths(folded):
+        layer = layer_at(model, path)
+        weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        if path not in initial:
+            raise ValueError(f"initial has no weight for {path!r}")
+        before = initial[path].to(weight.device).contiguous()
+        digest = weight_digest(before)
+        for concept in concepts:
+            if concept.digests.get(path, digest) != digest:
+                raise ValueError(f"concept {concept.name!r} was learned on another {path!r}")
+        expected = torch.empty_like(before)
+        fold_([expected], [before], [_applied(folded, path, weight.device)])
+        if weight.dtype != before.dtype or not torch.equal(expected, weight):
+            raise ValueError(f"the weight of {path!r} is not the fold of the concepts given")
+        found[layer] = before
+    for layer, before in found.items():
+        layer.register_buffer(WEIGHT_INIT, before, persistent=False)
+    state.folded = folded
+    keep_state(model, state)
+    hook_scale(model, state)
+
+
 def check_weights(weights: Sequence[float], count: int) -> None:
     """Raise unless `weights` are `count` finite numbers."""
     if len(weights) != count:

@@ -45,16 +45,23 @@ def layer_id(adapter_name: str, path: str) -> int:
     return _hash(f"{adapter_name}/{path}", 32)
 
 
-def _mask_seed(config: StaminaConfig, adapter_name: str) -> int:
+def mask_seed(config: StaminaConfig, adapter_name: str) -> int:
+    """The 64 bits, signed, that key an adapter's random masks."""
     seed = _hash(f"{config.seed}/{adapter_name}", 64)
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
-def _targets(model: nn.Module, config: StaminaConfig) -> dict[str, nn.Module]:
-    unmatched = set(config.target_modules)
+def init_seed(config: StaminaConfig, layer_id: int) -> int:
+    """The seed, in [0, 2^63), of a layer's initial factors."""
+    return _hash(f"{config.seed}/{layer_id}", 64) >> 1
+
+
+def find_targets(model: nn.Module, target_modules: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Path -> layer of all that `target_modules` names; ValueError where one names nothing."""
+    unmatched = set(target_modules)
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        names = [t for t in config.target_modules if path == t or path.endswith("." + t)]
+        names = [t for t in target_modules if path == t or path.endswith("." + t)]
         if names and not path.endswith(_PEFT):
             unmatched.difference_update(names)
             found[path] = base_layer(module)
@@ -108,7 +115,7 @@ def apply_stamina(
     _check_name(adapter_name, state)
     if not state.enabled:
         raise RuntimeError("the folded concepts are disabled: call enable_stamina first")
-    targets = _targets(model, config)
+    targets = find_targets(model, config.target_modules)
     for path, layer in targets.items():
         check_target(path, layer)
     check_weights_in_use(model, targets)
@@ -122,8 +129,8 @@ def apply_stamina(
             config,
             adapter_name=adapter_name,
             layer_id=ids[path],
-            mask_seed=_mask_seed(config, adapter_name),
-            init_seed=_hash(f"{config.seed}/{ids[path]}", 64) >> 1,
+            mask_seed=mask_seed(config, adapter_name),
+            init_seed=init_seed(config, ids[path]),
         )
         for path, layer in targets.items()
     }

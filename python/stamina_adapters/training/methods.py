@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a concept is put into a model: the part of training that differs between methods."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from stamina_adapters import (
     StaminaConfig,
@@ -20,15 +24,28 @@ from stamina_adapters import (
     stamina_parameters,
     stamina_statistics,
 )
+from stamina_adapters.files import concept_from_bytes, concept_to_bytes
+from stamina_adapters.fold import restore_concepts
+from stamina_adapters.linear import WEIGHT_INIT
+from stamina_adapters.models import adapted_model, find_state, layer_at
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.penalties import DensityHinge
+
+INITIAL = "initial/"
+_CONCEPT = "concept/"
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Rate = Annotated[float, Field(gt=0)]
+_Weight = Annotated[float, Field(ge=0)]
 
 
 class Method(Protocol):
     """One way of learning concept after concept.
 
-    The trainer calls `attach` once for a concept, `begin_step` before every optimiser step,
-    `finish` after the last one, and `save` with what `finish` returned.
+    The trainer calls `attach` once for a concept; `begin_step` before every optimiser step and
+    `penalty` in it; after the last one `consolidate` and then `finish`; and `save` with what
+    `finish` returned. Between two concepts the model is a stock one, and `state_dict` holds
+    all that learning the next one needs besides the model's weights and vocabulary: a new object
+    that is given it by `load_state_dict` goes on with the same bits.
     """
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
@@ -50,6 +67,17 @@ class Method(Protocol):
         """Sample masks (True) or use the masks that would be committed now (False)."""
         ...
 
+    def penalty(self) -> Tensor | None:
+        """A differentiable 0-dim term of this step's loss, None where there is none to add."""
+        ...
+
+    def consolidate(self, loss: Callable[[], Tensor]) -> None:
+        """Look at the concept once more, before it is folded, with its parameters still live.
+
+        `loss` returns the denoising loss of a single noisy latent, a new one at every call.
+        """
+        ...
+
     def finish(self) -> Any:
         """Fold the concept into the model's own weights and return what its file must hold."""
         ...
@@ -62,17 +90,70 @@ class Method(Protocol):
         """The method's own settings, as plain JSON types."""
         ...
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the method carries from the concepts so far to the next, on the CPU."""
+        ...
+
+    def load_state_dict(self, pipe: Any, state: dict[str, Tensor]) -> None:
+        """Go on after the concepts that `state` and the pipeline hold.
+
+        Raises ValueError where the state is another method's or another pipeline's.
+        """
+        ...
+
+
+class StaminaTraining(BaseModel):
+    """Fields of `TrainingConfig` that are STAMINA's own; None leaves the run's value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: _Rate | None = None
+    mask_learning_rate: _Rate | None = None
+    token_learning_rate: _Rate | None = None
+    hard_fraction: _Share | None = None
+    forget_weight: _Weight | None = None
+    sparse_weight: _Weight | None = None
+    target_density: _Share | None = None
+    min_density: _Share | None = None
+    sparse_start: _Share | None = None
+    sparse_end: _Share | None = None
+
+    def over(self, config: TrainingConfig) -> TrainingConfig:
+        """The run's configuration with these values in it."""
+        own = self.model_dump(exclude_none=True)
+        return TrainingConfig.model_validate({**config.model_dump(), **own})
+
+
+class StaminaSettings(BaseModel):
+    """All of `StaminaMethod`'s settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter: StaminaConfig = StaminaConfig()
+    token: TokenConfig = TokenConfig()
+    training: StaminaTraining = StaminaTraining()
+
 
 class StaminaMethod:
     """Masked low-rank adapters on cross-attention keys and values, and an MLP token.
 
-    The seeds of `adapter` and `token` are replaced by the concept's own.
+    The seeds of `adapter` and `token` are replaced by the concept's own, and `training` goes
+    before the run's configuration. The state to go on with is W_init of every adapted layer, which
+    the forgetting term and the fold need, and every concept's file.
     """
 
-    def __init__(self, adapter: StaminaConfig, token: TokenConfig | None = None) -> None:
+    def __init__(
+        self,
+        adapter: StaminaConfig,
+        token: TokenConfig | None = None,
+        training: StaminaTraining | None = None,
+    ) -> None:
         self.adapter, self.token = adapter, token or TokenConfig()
+        self.training = training or StaminaTraining()
+        self._pipe: Any = None
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
+        config = self.training.over(config)
         self._pipe, self._config = pipe, config
         seed = {"seed": concept.seed(config.seed)}
         add_custom_token(pipe, concept.token, self.token.model_copy(update=seed))
@@ -120,6 +201,12 @@ class StaminaMethod:
         self._sampling = sampling
         set_stamina_mask_mode(self._pipe, "sample" if sampling else "hard")
 
+    def penalty(self) -> Tensor | None:
+        return None  # the layers feed both regularisers into their own backward
+
+    def consolidate(self, loss: Callable[[], Tensor]) -> None:
+        pass
+
     def finish(self) -> Any:
         return fold_stamina(self._pipe)
 
@@ -130,4 +217,35 @@ class StaminaMethod:
         return {
             "adapter": self.adapter.model_dump(mode="json", exclude={"seed"}),
             "token": self.token.model_dump(mode="json", exclude={"seed"}),
+            "training": self.training.model_dump(mode="json", exclude_none=True),
         }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        model = None if self._pipe is None else adapted_model(self._pipe)
+        state = None if model is None else find_state(model)
+        if model is None or state is None:
+            return {}
+        tensors: dict[str, Tensor] = {}
+        for number, folded in enumerate(state.folded):
+            data = bytearray(concept_to_bytes(folded.state))
+            tensors[f"{_CONCEPT}{number:06d}"] = torch.frombuffer(data, dtype=torch.uint8)
+            for path in folded.state.layers:
+                initial: Any = layer_at(model, path)._buffers[WEIGHT_INIT]
+                tensors[INITIAL + path] = initial.detach().cpu().clone()
+        return tensors
+
+    def load_state_dict(self, pipe: Any, state: dict[str, Tensor]) -> None:
+        concepts = [
+            concept_from_bytes(tensor.cpu().numpy().tobytes(), key)
+            for key, tensor in sorted(state.items())
+            if key.startswith(_CONCEPT)
+        ]
+        initial = {
+            key.removeprefix(INITIAL): tensor
+            for key, tensor in state.items()
+            if key.startswith(INITIAL)
+        }
+        if len(concepts) + len(initial) != len(state):
+            raise ValueError("the state is not one of StaminaMethod: it holds other keys")
+        restore_concepts(pipe, concepts, initial)
+        self._pipe = pipe

@@ -19,11 +19,15 @@ _PROBES = 4
 
 
 class StepReport(BaseModel):
-    """What a step did: `loss` without penalties, `density` the adapted share of weights."""
+    """What a step did: `loss` without penalties, `density` the adapted share of weights.
+
+    `penalty` is the term that the method added to the loss, None where it added none.
+    """
 
     step: int
     loss: float
     density: float | None
+    penalty: float | None = None
 
 
 class ProbeReport(BaseModel):
@@ -103,22 +107,28 @@ class ContinualTrainer:
                 probed.append(self._probe(step, tokens, probes))
             density = self.method.begin_step(step)
             loss = self._loss(tokens, self._draw(latents, generator))
-            if not torch.isfinite(loss):
+            penalty = self.method.penalty()
+            total = loss if penalty is None else loss + penalty
+            if not torch.isfinite(total):
                 raise InputError(
                     f"--learning_rate {config.learning_rate}: the loss of {concept.token} became "
-                    f"{loss.item()} at step {step}; lower the rates"
+                    f"{total.item()} at step {step}; lower the rates"
                 )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            total.backward()
             for group in groups:
                 torch.nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
             optimizer.step()
             rates.step()
-            steps.append(StepReport(step=step, loss=loss.item(), density=density))
+            added = None if penalty is None else penalty.item()
+            report = StepReport(step=step, loss=loss.item(), density=density, penalty=added)
+            steps.append(report)
             if on_step is not None:
-                on_step(steps[-1])
+                on_step(report)
         probed.append(self._probe(config.max_train_steps, tokens, probes))
         densities = self.method.densities()
+        optimizer.zero_grad(set_to_none=True)
+        self.method.consolidate(lambda: self._loss(tokens, self._draw(latents, generator, 1)))
         state = self.method.finish()
         log = ConceptLog(
             token=concept.token,
@@ -142,8 +152,10 @@ class ContinualTrainer:
         )
         return encoded.input_ids.to(self.pipe.text_encoder.device)
 
-    def _draw(self, latents: LatentCache, generator: torch.Generator) -> NoisyBatch:
-        batch = latents.sample(self.config.train_batch_size, generator)
+    def _draw(
+        self, latents: LatentCache, generator: torch.Generator, count: int | None = None
+    ) -> NoisyBatch:
+        batch = latents.sample(count or self.config.train_batch_size, generator)
         return self.objective.corrupt(batch, generator)
 
     def _loss(self, tokens: torch.Tensor, batch: NoisyBatch) -> torch.Tensor:

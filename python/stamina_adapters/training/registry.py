@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method that can be compared, by name; what it is; what a tuning run tries.
+
+    METHODS[name](overrides)   the method, with some of its own settings changed; pydantic's
+                               ValidationError for a setting that it does not have
+    describe(name)             one sentence and the source
+    SEARCH[name]               overrides to try, equally many for every method
+
+Ablations take STAMINA's settings. Steps, batch, schedule, data and seeds are the run's
+(`TrainingConfig`) and the same for all.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from stamina_adapters.training.ablations import ABLATIONS, merged
+from stamina_adapters.training.methods import Method, StaminaMethod, StaminaSettings
+from stamina_adapters.training.rivals.base import RivalMethod
+from stamina_adapters.training.rivals.c_lora import CLoRA
+from stamina_adapters.training.rivals.custom_diffusion import CustomDiffusion
+from stamina_adapters.training.rivals.ewc import EWC
+from stamina_adapters.training.rivals.lora import LoRA, MergedLoRA
+from stamina_adapters.training.rivals.masked import MaskedMethod
+from stamina_adapters.training.rivals.orthogonal import OrthogonalAdaptation
+from stamina_adapters.training.rivals.sd_lora import SDLoRA
+from stamina_adapters.training.rivals.textual_inversion import TextualInversion
+
+Overrides = dict[str, Any]
+
+_RIVALS: tuple[type[RivalMethod], ...] = (
+    TextualInversion,
+    LoRA,
+    MergedLoRA,
+    CustomDiffusion,
+    EWC,
+    CLoRA,
+    OrthogonalAdaptation,
+    SDLoRA,
+)
+
+
+def _stamina(overrides: Overrides) -> StaminaMethod:
+    settings = StaminaSettings.model_validate(overrides)
+    return StaminaMethod(settings.adapter, settings.token, settings.training)
+
+
+def _ablation(name: str) -> Callable[[Overrides], Method]:
+    ablation = ABLATIONS[name]
+
+    def build(overrides: Overrides) -> Method:
+        changed = merged(overrides, ablation.changes)
+        if ablation.replaced:
+            return MaskedMethod.build({"stamina": changed, **ablation.replaced})
+        return _stamina(changed)
+
+    return build
+
+
+METHODS: dict[str, Callable[[Overrides], Method]] = {
+    "stamina": _stamina,
+    **{rival.kind: rival.build for rival in _RIVALS},
+    **{name: _ablation(name) for name in ABLATIONS},
+}
+
+_DESCRIPTIONS = {
+    "stamina": "Low-rank deltas under hard masks that a sparsity and a forgetting term shape, and "
+    "an MLP token. Source: Smith et al., arXiv 2311.18763; formulas in stamina_kernels.reference",
+    "textual-inversion": "Only the word is trained, by an MLP (TI++). "
+    "Source: Gal et al., arXiv 2208.01618, eq. 2",
+    "lora": "One LoRA after the other, each learned on the last and folded. "
+    "Source: Hu et al., arXiv 2106.09685, eq. 3",
+    "lora-merge": "Every LoRA learned on the initial weights, all of them summed. "
+    "Source: Hu et al., arXiv 2106.09685, eq. 3",
+    "custom-diffusion": "Full key and value weights, trained in sequence. "
+    "Source: Kumari et al., arXiv 2212.04488, section 3.2",
+    "ewc": "Full key and value weights under a diagonal Fisher penalty for each earlier concept. "
+    "Source: Kirkpatrick et al., arXiv 1612.00796, eq. 3",
+    "c-lora": "LoRA that is penalised where earlier ones changed the weights, and a vector token. "
+    "Source: Smith et al., arXiv 2304.06027, eqs. 1 to 3",
+    "orthogonal": "LoRA whose input factors are fixed and orthogonal across concepts, learned on "
+    "the initial weights and summed. Source: Po et al., arXiv 2312.02432",
+    "sd-lora": "LoRA on top of all earlier ones, of which only the magnitudes are trained on. "
+    "Source: Wu et al., arXiv 2501.13198",
+}
+
+
+def describe(name: str) -> str:
+    """What a method is in one sentence, and where it comes from. KeyError for an unknown name."""
+    if name in ABLATIONS:
+        return f"STAMINA, but: {ABLATIONS[name].sentence}. Source: this library"
+    return _DESCRIPTIONS[name]
+
+
+def _grid(**choices: list[Any]) -> list[Overrides]:
+    """All combinations, the last name varying fastest."""
+    combined: list[Overrides] = [{}]
+    for name, values in choices.items():
+        combined = [{**rest, name: value} for rest in combined for value in values]
+    return combined
+
+
+# Ranges bracket what short runs on the embedded model's tuning identities showed to matter. STAMINA
+# divides lambda by the number of adapted weights (180,224 there), C-LoRA does not.
+_STAMINA_SEARCH = [
+    {"training": trial}
+    for trial in _grid(learning_rate=[1e-3, 3e-3], forget_weight=[1e6, 1e7, 1e8])
+]
+
+SEARCH: dict[str, list[Overrides]] = {
+    "stamina": _STAMINA_SEARCH,
+    "textual-inversion": _grid(token_learning_rate=[3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2]),
+    "lora": _grid(learning_rate=[3e-4, 1e-3, 3e-3], r=[4, 16]),
+    "lora-merge": _grid(learning_rate=[3e-4, 1e-3, 3e-3], r=[4, 16]),
+    "custom-diffusion": _grid(learning_rate=[3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 3e-3]),
+    "ewc": _grid(learning_rate=[3e-4, 1e-3], fisher_weight=[1e5, 1e6, 1e7]),
+    "c-lora": _grid(learning_rate=[1e-3, 3e-3], forget_weight=[1.0, 10.0, 100.0]),
+    "orthogonal": _grid(learning_rate=[1e-3, 3e-3, 1e-2], r=[2, 4]),
+    "sd-lora": _grid(learning_rate=[3e-4, 1e-3, 3e-3], magnitude_learning_rate=[1e-3, 1e-2]),
+    **dict.fromkeys(ABLATIONS, _STAMINA_SEARCH),
+}
