@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop over tasks. A workload may be a diffusion model, a classifier, or a stub in a test."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from stamina_adapters.continual.store import RunStore
+
+
+class Workload(Protocol):
+    """A model and a sequence of tasks for it.
+
+    Everything that a task's outcome depends on is in `snapshot`, or is the same in every process:
+    after `restore`, `learn` must do to the bit what it would have done without the interruption.
+    """
+
+    tasks: int
+
+    def restore(
+        self, tensors: dict[str, Tensor], facts: dict[str, Any], rows: Sequence[BaseModel]
+    ) -> None:
+        """Bring a fresh workload to where `snapshot` was taken; `rows` are all rows until then."""
+        ...
+
+    def learn(self, task: int) -> list[BaseModel]:
+        """Learn a task, counted from 0, evaluate what is due after it; returns its rows."""
+        ...
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and facts of plain JSON types, to go on from."""
+        ...
+
+
+def run_tasks(workload: Workload, store: RunStore) -> None:
+    """Learn the tasks that the store does not hold yet, committing each."""
+    if store.done:
+        workload.restore(store.tensors, store.facts, store.rows(BaseModel))
+    for task in range(store.done, workload.tasks):
+        rows = workload.learn(task)
+        store.commit(*workload.snapshot(), rows)
