@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop over tasks. A workload may be a diffusion model, a classifier, or a stub in a test."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -34,10 +34,15 @@ class Workload(Protocol):
         ...
 
 
-def run_tasks(workload: Workload, store: RunStore) -> None:
-    """Learn the tasks that the store does not hold yet, committing each."""
+def run_tasks(
+    workload: Workload,
+    store: RunStore,
+    on_task: Callable[[int, Sequence[BaseModel]], None] = lambda task, rows: None,
+) -> None:
+    """Learn the tasks that the store does not hold yet, committing each; then call `on_task`."""
     if store.done:
         workload.restore(store.tensors, store.facts, store.rows(BaseModel))
     for task in range(store.done, workload.tasks):
         rows = workload.learn(task)
         store.commit(*workload.snapshot(), rows)
+        on_task(task, rows)

@@ -129,6 +129,7 @@ class BenchmarkSpec(_Part):
     checkpoints: tuple[int, ...] = Field((1, 5, 10, 25, 50), min_length=1)
     pairs: int = Field(8, ge=0, description="pairs of concepts in one prompt, at the last one")
     shown: tuple[int, ...] = Field((), description="tasks whose pictures the report shows")
+    shown_seed: int = Field(0, ge=0, description="the run whose pictures those are")
     shown_pictures: int = Field(3, ge=1)
     ceiling: CeilingSpec | None = None
     tuning: TuningSpec = Field(default_factory=lambda: TuningSpec.model_validate({}))

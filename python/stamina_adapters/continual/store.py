@@ -47,21 +47,23 @@ def write_whole(file: Path, data: bytes) -> None:
 class Lock:
     """Keeps a second process out of a folder; gone with the process, however it ends."""
 
-    def __init__(self, folder: Path, argument: str = "--output") -> None:
-        self._file, self._argument = folder / ".lock", argument
+    def __init__(self, folder: Path, wait: bool = False) -> None:
+        """`wait` for the other process instead of raising `InputError`."""
+        self._file, self._wait = folder / ".lock", wait
 
     def __enter__(self) -> "Lock":
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._file.open("w")
         try:
             import fcntl
         except ImportError:  # only on systems without POSIX locks
             return self
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._stream, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
         except OSError as error:
             self._stream.close()
             raise InputError(
-                f"{self._argument}: another process works in {str(self._file.parent)!r}; "
+                f"--output: another process works in {str(self._file.parent)!r}; "
                 "wait for it, or give other methods or seeds"
             ) from error
         return self
@@ -78,14 +80,16 @@ class Lock:
 class RunStore:
     """One run: `done` tasks, the tensors and facts to go on from, and the rows so far."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open a run, or begin one in a new folder; the row file is brought to the state's rows.
+    def __init__(self, folder: Path, rows: str = "rows.jsonl") -> None:
+        """Open a run, or begin one in a new folder; the file `rows` is brought to the state's rows.
 
         Raises `InputError` when the state cannot be read.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._state, self._lines = folder / "state.safetensors", folder / "rows.jsonl"
-        self.done, self.facts, self.tensors = 0, {}, {}  # type: tuple[int, dict[str, Any], dict[str, Tensor]]
+        self._state, self._lines = folder / "state.safetensors", folder / rows
+        self.done = 0
+        self.facts: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
         self._length = 0
         pending: list[str] = []
         if self._state.is_file():

@@ -27,7 +27,9 @@ def kid(real: torch.Tensor, generated: torch.Tensor) -> float | None:
     try:
         from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError as error:
-        raise InputError("KID needs torchmetrics; pip install torchmetrics") from error
+        raise InputError(
+            "KID needs torchmetrics; pip install torchmetrics (the extra 'bench' has it)"
+        ) from error
     subsets = 1 if len(real) == len(generated) else SUBSETS
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # it warns that it keeps features, which are small here
