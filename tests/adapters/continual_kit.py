@@ -19,10 +19,13 @@ class FakeMethod:
     """Trains the values in full, and moves them by what it carries: a lost state shows."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        unknown = settings.keys() - {"rate", "fail_at"}
+        unknown = settings.keys() - {
+            "rate",
+            "fail_at",
+        }  # the last: the concept whose loss is not finite
         if unknown:
             raise ValueError(f"unknown setting {min(unknown)!r}")
-        self.rate = settings.get("rate", 1e-2)
+        self.rate, self.fail_at = settings.get("rate", 1e-2), settings.get("fail_at")
         self.carried: dict[str, torch.Tensor] = {}
         self.learned = 0
 
@@ -36,6 +39,8 @@ class FakeMethod:
             for path, weight in self.layers.items():
                 weight.add_(self.carried.get(path, torch.zeros_like(weight)), alpha=0.1)
                 weight.requires_grad_(True)
+                if self.learned + 1 == self.fail_at:
+                    weight.fill_(float("nan"))
         return [
             {"params": list(self.layers.values()), "lr": self.rate * (1 + self.learned)},
             {"params": list(word.parameters()), "lr": 1e-3},

@@ -163,6 +163,21 @@ def test_tuning_tries_every_setting_on_the_tuning_concepts_alone(spec, tmp_path)
     refused(run("benchmark", "--sequence", spec, "--output", out), "(purpose differs)")
 
 
+def test_a_method_that_diverges_does_not_stop_the_others(spec, tmp_path):
+    out = tmp_path / "out"
+    _edit(spec, methods={"fake": {"settings": {"fail_at": 2}}, "other": {}})
+    outcome = run("benchmark", "--sequence", spec, "--output", out)
+    assert outcome.exit_code == 2
+    assert "1 runs failed, the others are whole: fake, seed 0, concept 2: " in outcome.stderr
+    assert len(comparable(out / "fake" / "seed-0" / "rows.jsonl")) == 5
+    (benchmark,) = read_results([out]).benchmarks
+    assert benchmark.finished() == ["other"]
+    tuning = run("benchmark", "--sequence", spec, "--tune", "--output", tmp_path / "tuning")
+    assert tuning.exit_code == 0
+    trials = read_results([tmp_path / "tuning"]).tuning
+    assert [row.failed is not None for row in trials] == [True, True, False, False]
+
+
 # Each case spoils one thing of a sound call; nothing may be written or changed.
 def _empty(tmp_path, spec):
     for file in (tmp_path / "concepts" / "data2").iterdir():

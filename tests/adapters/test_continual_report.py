@@ -187,6 +187,7 @@ def folder(tmp_path):
         "trials": 2,
         "seed": 0,
         "concepts": 5,
+        "failed": None,
         "accuracy_after_learning": 0.9,
         "accuracy_final": 0.5,
         "a_mmd": 0.2,

@@ -175,7 +175,10 @@ def test_every_method_has_as_many_trials():
 def test_the_best_trial_is_picked_and_enters_the_specification():
     summaries = [_summary(0.5, 0.1), _summary(0.8, 0.3), _summary(0.8, 0.2)]
     assert best(summaries) == 2
-    rows = tuning_rows("fake", [{"rate": k} for k in (1, 2, 3)], summaries)
-    assert [row.picked for row in rows] == [False, False, True]
-    assert [row.trials for row in rows] == [3, 3, 3]
+    settings = [{"rate": k} for k in (1, 2, 3, 4)]
+    rows = tuning_rows("fake", settings, [*summaries, "diverged"], 0, 5)
+    assert [row.picked for row in rows] == [False, False, True, False]
+    assert [row.trials for row in rows] == [4, 4, 4, 4]
+    assert (rows[3].failed, rows[3].accuracy_final, rows[2].failed) == ("diverged", None, None)
     assert tuned(_spec(), rows).methods["fake"].settings == {"rate": 3}
+    assert best(["diverged", "diverged"]) is None

@@ -25,7 +25,7 @@ from stamina_adapters.continual.registry import (
     default_registry,
 )
 from stamina_adapters.continual.rows import LevelRow, SummaryRow, TuningRow, read_rows, to_line
-from stamina_adapters.continual.run import run_tasks
+from stamina_adapters.continual.run import TaskFailedError, run_tasks
 from stamina_adapters.continual.snapshot import PipelineSnapshot
 from stamina_adapters.continual.spec import BenchmarkSpec, load_spec
 from stamina_adapters.continual.store import Lock, RunStore, write_whole
@@ -195,18 +195,26 @@ def benchmark(
             )
         plan = session.plan(progress, levels)
         count_all = progress.counting("concepts, all runs", tasks * len(lines) * len(numbers))
+        failures = []
         for seed in numbers:
             for name in lines:
-                _run(
-                    session,
-                    plan,
-                    output / name / f"seed-{seed}",
-                    name,
-                    session.spec.line(name).settings,
-                    seed,
-                    pictures=seed == session.spec.shown_seed,
-                    on_task=lambda: count_all(1),
-                )
+                try:
+                    _run(
+                        session,
+                        plan,
+                        output / name / f"seed-{seed}",
+                        name,
+                        session.spec.line(name).settings,
+                        seed,
+                        pictures=seed == session.spec.shown_seed,
+                        on_task=lambda: count_all(1),
+                    )
+                except TaskFailedError as error:
+                    # the others can still be run
+                    failures.append(str(error))
+                    console.print(f"failed: {error}", soft_wrap=True, markup=False)
+    if failures:
+        raise InputError(f"{len(failures)} runs failed, the others are whole: {failures[0]}")
     console.print(f"rows in {output}; make a page of them with stamina report", soft_wrap=True)
 
 
@@ -227,24 +235,30 @@ def tune(
         plan = session.plan(progress)
         count = progress.counting("concepts, all trials", total)
         for name, tried in trials.items():
-            summaries = []
+            outcomes: list[SummaryRow | str] = []
             for trial, settings in enumerate(tried):
                 place = folder / name / f"trial-{trial + 1:02d}"
-                # not .jsonl: a trial is no run of the report's
-                summaries += _run(
-                    session,
-                    plan,
-                    place,
-                    name,
-                    settings,
-                    spec.tuning.seed,
-                    rows="trial.rows",
-                    on_task=lambda: count(1),
-                )
-            rows = tuning_rows(name, tried, summaries)
+                try:
+                    # not .jsonl: a trial is no run of the report's
+                    outcomes += _run(
+                        session,
+                        plan,
+                        place,
+                        name,
+                        settings,
+                        spec.tuning.seed,
+                        rows="trial.rows",
+                        on_task=lambda: count(1),
+                    )
+                except TaskFailedError as error:
+                    outcomes.append(str(error))
+            rows = tuning_rows(
+                name, tried, outcomes, spec.tuning.seed, session.spec.checkpoints[-1]
+            )
             write_whole(folder / f"{name}.jsonl", "".join(map(to_line, rows)).encode())
-            picked = next(row for row in rows if row.picked)
-            console.print(f"{name}: picked {picked.settings}", soft_wrap=True, highlight=False)
+            picked = [row.settings for row in rows if row.picked]
+            what = f"picked {picked[0]}" if picked else f"every trial failed: {rows[0].failed}"
+            console.print(f"{name}: {what}", soft_wrap=True, highlight=False, markup=False)
     results = read_rows(sorted(folder.glob("*.jsonl")), "--output")
     chosen = tuned(spec, [row for row in results if isinstance(row, TuningRow)])
     write_whole(output / "tuned.json", (chosen.model_dump_json(indent=1) + "\n").encode())

@@ -24,6 +24,7 @@ from stamina_adapters.continual.rows import (
     RunRow,
     SummaryRow,
 )
+from stamina_adapters.continual.run import TaskFailedError
 from stamina_adapters.continual.score import (
     checkpoint_row,
     chosen_pairs,
@@ -37,6 +38,7 @@ from stamina_adapters.continual.studio import Studio
 from stamina_adapters.continual.thumbnails import encode
 from stamina_adapters.evaluation.judge import Judge
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
+from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.methods import Method
 from stamina_adapters.training.trainer import ConceptLog, ContinualTrainer, StepReport
 
@@ -158,7 +160,7 @@ class CustomiseWorkload:
         if self.plan.on_training is not None:
             on_step = self.plan.on_training(title, self._trainer.config.max_train_steps)
         with PeakMemory() as peak:
-            state, log = self._trainer.learn(concept.spec, concept.dataset, on_step)
+            state, log = self._train(task, on_step)
         (images,) = self.plan.studio.draw(
             self.pipe, [concept.spec.instance_prompt], f"{title}, draw"
         )
@@ -173,6 +175,19 @@ class CustomiseWorkload:
         if task + 1 in self.plan.spec.checkpoints:
             rows += self._checkpoint(task + 1, images)
         return rows
+
+    def _train(
+        self, task: int, on_step: Callable[[StepReport], None] | None
+    ) -> tuple[Any, ConceptLog]:
+        concept = self.plan.material.concepts[task]
+        try:
+            return self._trainer.learn(concept.spec, concept.dataset, on_step)
+        except ValueError as error:
+            # the trainer's for the loss, the fold's for factors and vectors
+            if not isinstance(error, InputError) and "finite" not in str(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise TaskFailedError(f"{self._name} concept {task + 1}: {reason}") from error
 
     @property
     def _name(self) -> str:

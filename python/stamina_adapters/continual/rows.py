@@ -173,7 +173,10 @@ class PictureRow(Row):
 
 
 class TuningRow(Row):
-    """One trial on the tuning concepts; `picked` marks the settings chosen for the method."""
+    """One trial on the tuning concepts; `picked` marks the settings chosen for the method.
+
+    `failed` says why a trial could not be finished; its figures are None.
+    """
 
     kind: Literal["tuning"] = "tuning"
     method: str
@@ -183,11 +186,12 @@ class TuningRow(Row):
     concepts: int
     settings: dict[str, Any]
     picked: bool
-    accuracy_after_learning: Figure
-    accuracy_final: Figure
-    a_mmd: Figure
+    failed: str | None
+    accuracy_after_learning: Figure | None
+    accuracy_final: Figure | None
+    a_mmd: Figure | None
     f_mmd: Figure | None
-    seconds: Figure
+    seconds: Figure | None
 
 
 AnyRow = Annotated[

@@ -8,6 +8,11 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from stamina_adapters.continual.store import RunStore
+from stamina_adapters.training.errors import InputError
+
+
+class TaskFailedError(InputError):
+    """A task cannot be learned with these settings: the loss or a weight is not finite."""
 
 
 class Workload(Protocol):
@@ -26,7 +31,10 @@ class Workload(Protocol):
         ...
 
     def learn(self, task: int) -> list[BaseModel]:
-        """Learn a task, counted from 0, evaluate what is due after it; returns its rows."""
+        """Learn a task, counted from 0, evaluate what is due after it; returns its rows.
+
+        Raises `TaskFailedError` when the settings do not allow it.
+        """
         ...
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

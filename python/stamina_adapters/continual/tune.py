@@ -57,36 +57,46 @@ def trials_of(
     }
 
 
-def best(summaries: Sequence[SummaryRow]) -> int:
-    """Which trial is picked."""
-    order = [(-row.accuracy_final, row.a_mmd, index) for index, row in enumerate(summaries)]
-    return min(order)[2]
+def best(outcomes: Sequence[SummaryRow | str]) -> int | None:
+    """Which trial is picked: its position, None where all failed."""
+    order = [
+        (-row.accuracy_final, row.a_mmd, index)
+        for index, row in enumerate(outcomes)
+        if isinstance(row, SummaryRow)
+    ]
+    return min(order)[2] if order else None
 
 
 def tuning_rows(
     name: str,
     settings: Sequence[dict[str, Any]],
-    summaries: Sequence[SummaryRow],
+    outcomes: Sequence[SummaryRow | str],
+    seed: int,
+    concepts: int,
 ) -> list[TuningRow]:
-    """All trials of a method, the picked one marked."""
-    picked = best(summaries)
-    return [
-        TuningRow(
-            method=name,
-            trial=trial + 1,
-            trials=len(summaries),
-            seed=row.seed,
-            concepts=row.concepts,
-            settings=settings[trial],
-            picked=trial == picked,
-            accuracy_after_learning=row.accuracy_after_learning,
-            accuracy_final=row.accuracy_final,
-            a_mmd=row.a_mmd,
-            f_mmd=row.f_mmd,
-            seconds=row.seconds,
+    """All trials of a method, the picked one marked; an outcome is a summary, or why it failed."""
+    picked = best(outcomes)
+    rows = []
+    for trial, outcome in enumerate(outcomes):
+        found = outcome if isinstance(outcome, SummaryRow) else None
+        rows.append(
+            TuningRow(
+                method=name,
+                trial=trial + 1,
+                trials=len(outcomes),
+                seed=seed,
+                concepts=concepts,
+                settings=settings[trial],
+                picked=trial == picked,
+                failed=None if isinstance(outcome, SummaryRow) else outcome,
+                accuracy_after_learning=found and found.accuracy_after_learning,
+                accuracy_final=found and found.accuracy_final,
+                a_mmd=found and found.a_mmd,
+                f_mmd=found and found.f_mmd,
+                seconds=found and found.seconds,
+            )
         )
-        for trial, row in enumerate(summaries)
-    ]
+    return rows
 
 
 def tuned(spec: BenchmarkSpec, rows: Sequence[TuningRow]) -> BenchmarkSpec:

@@ -121,22 +121,33 @@ def mask_table(benchmark: Benchmark) -> Table | None:
     return Table(titles, rows) if rows else None
 
 
+def _figure(value: float | None, digits: int) -> str:
+    return _DASH if value is None else f"{value:.{digits}f}"
+
+
 def tuning_table(rows: Sequence[TuningRow]) -> Table:
     """Every trial, the picked ones marked."""
-    return Table(
-        ["method", "trial", "picked", "accuracy at the end", "accuracy after learning", "F_mmd",
-         "A_mmd", "settings"],
+    titles = (
+        "method",
+        "trial",
+        "outcome",
+        "accuracy at the end",
+        "accuracy after learning",
+        "F_mmd",
+        "A_mmd",
+        "settings",
+    )
+    cells = [
         [
-            [
-                row.method,
-                f"{row.trial} / {row.trials}",
-                "picked" if row.picked else "",
-                f"{row.accuracy_final:.2f}",
-                f"{row.accuracy_after_learning:.2f}",
-                _DASH if row.f_mmd is None else f"{row.f_mmd:.3f}",
-                f"{row.a_mmd:.3f}",
-                json.dumps(row.settings),
-            ]
-            for row in rows
-        ],
-    )  # fmt: skip
+            row.method,
+            f"{row.trial} / {row.trials}",
+            "picked" if row.picked else "failed" if row.failed else "",
+            _figure(row.accuracy_final, 2),
+            _figure(row.accuracy_after_learning, 2),
+            _figure(row.f_mmd, 3),
+            _figure(row.a_mmd, 3),
+            json.dumps(row.settings),
+        ]
+        for row in rows
+    ]
+    return Table(titles, cells)
