@@ -14,6 +14,9 @@ from stamina_adapters.continual.spec import BenchmarkSpec
 from stamina_adapters.training.errors import InputError
 
 
+_FIGURES = ("accuracy_after_learning", "accuracy_final", "a_mmd", "f_mmd", "seconds")
+
+
 def merged(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`settings` with the values of `over`, parts of parts included."""
     result = dict(settings)
@@ -89,11 +92,7 @@ def tuning_rows(
                 settings=settings[trial],
                 picked=trial == picked,
                 failed=None if isinstance(outcome, SummaryRow) else outcome,
-                accuracy_after_learning=found and found.accuracy_after_learning,
-                accuracy_final=found and found.accuracy_final,
-                a_mmd=found and found.a_mmd,
-                f_mmd=found and found.f_mmd,
-                seconds=found and found.seconds,
+                **{name: getattr(found, name, None) for name in _FIGURES},
             )
         )
     return rows
