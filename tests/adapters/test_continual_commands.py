@@ -95,6 +95,9 @@ def test_methods_and_seeds_get_folders_of_their_own(spec, tmp_path):
     before = tree(out)
     assert run("benchmark", "--sequence", spec, "--seeds", "0", "--output", out).exit_code == 0
     assert tree(out) == before
+    _edit(spec, methods={"fake": {"settings": {"rate": 0.5}}})
+    outcome = run("benchmark", "--sequence", spec, "--output", out)
+    refused(outcome, "fake/seed-0", "holds another run (settings.rate differs)")
     _edit(spec, checkpoints=[2, 3])
     outcome = run("benchmark", "--sequence", spec, "--output", out)
     refused(outcome, "--output", "holds another run (spec.checkpoints differs)")

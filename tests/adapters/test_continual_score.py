@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores, masks, pictures and memory against cases worked out by hand."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -185,7 +183,7 @@ def test_peak_memory_sees_what_was_freed_again():
     with PeakMemory() as peak:
         block = np.ones(1 << 27, dtype=np.uint8)
         del block
-    if math.isnan(peak.mib):
+    if peak.mib is None:
         pytest.skip("the system does not tell")
     # the block is 128 MiB; pages of other things come and go
     assert 100 < peak.mib < 300

@@ -35,10 +35,39 @@ from stamina_adapters.embedded import load_encoder
 from stamina_adapters.evaluation.clip import ClipEmbedder
 from stamina_adapters.evaluation.embedder import Embedder, EncoderEmbedder
 from stamina_adapters.evaluation.judge import Judge
+from stamina_adapters.training.config import TrainingConfig
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.trainer import ContinualTrainer
 
 _FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run to do: its folder, its line of the specification, and the settings that it has."""
+
+    folder: Path
+    name: str
+    settings: dict[str, Any]
+    seed: int
+    rows: str = "rows.jsonl"
+
+    def identity(self, spec: BenchmarkSpec) -> dict[str, Any]:
+        """What may not change while the run goes on."""
+        line = spec.line(self.name)
+        return {
+            "format": _FORMAT,
+            "method": line.method,
+            "settings": self.settings,
+            "training": line.training,
+            "seed": self.seed,
+        }
+
+    def make(self, spec: BenchmarkSpec, registry: Registry) -> tuple[Any, TrainingConfig]:
+        """Its method and training settings. Raises `InputError` for settings that do not fit."""
+        line, where = spec.line(self.name), f"--sequence: methods.{self.name}"
+        training = spec.training_of(line.training, self.seed, f"{where}.training")
+        return registry.make(str(line.method), self.settings, where), training
 
 
 @dataclass(frozen=True)
@@ -85,69 +114,57 @@ def _for_tuning(spec: BenchmarkSpec, count: int) -> BenchmarkSpec:
     return spec.model_copy(update=changes)
 
 
-def _open(
-    sequence: Path,
-    methods: str | None,
-    output: Path,
-    tuning: bool,
-    registry: Registry | None,
-    console: Console,
-) -> tuple[_Session, list[str]]:
-    spec = load_spec(sequence)
-    registry = registry or default_registry()
-    lines = chosen_lines(spec, methods, registry)
-    material = load_material(spec, tuning)
-    if tuning:
-        trials_of(spec, lines, registry)
-        spec = _for_tuning(spec, len(material.concepts))
-    spec.check_count(len(material.concepts), f"--sequence {str(sequence)!r}")
-    pipe = load_pipeline(spec.model or model_path())
-    check_new_tokens(pipe, [c.spec for c in material.concepts], "--concepts_list")
-    for name in lines:
-        line = spec.line(name)
-        training = spec.training_of(line.training, 0, f"--sequence: methods.{name}.training")
-        method = registry.make(str(line.method), line.settings, f"--sequence: methods.{name}")
+def _check_runs(spec: BenchmarkSpec, pipe: Any, runs: Sequence[_Run], registry: Registry) -> None:
+    for run in runs:
+        method, training = run.make(spec, registry)
         # for its checks of resolution and of what the model predicts
         ContinualTrainer(pipe, method, training)
+        check_folder(run.folder, run.identity(spec))
+
+
+def _open(
+    spec: BenchmarkSpec,
+    material: Material,
+    runs: Sequence[_Run],
+    output: Path,
+    purpose: str,
+    registry: Registry,
+    console: Console,
+) -> _Session:
+    """Check everything, then claim the output folder."""
+    spec.check_count(len(material.concepts), "--sequence")
+    pipe = load_pipeline(spec.model or model_path())
+    check_new_tokens(pipe, [c.spec for c in material.concepts], "--concepts_list")
     origin = PipelineSnapshot(pipe)
     identity = {
         "format": _FORMAT,
-        "purpose": "tuning" if tuning else "evaluation",
-        "spec": spec.model_dump(mode="json"),
+        "purpose": purpose,
+        # methods may join later: each run has an identity of its own
+        "spec": spec.model_dump(mode="json", exclude={"methods", "description"}),
         "inputs": {"model": origin.digest(), "pictures": material.digest()},
     }
     check_folder(output, identity)
+    _check_runs(spec, pipe, runs, registry)
     # a run keeps the weights that it changed and what its method carries
-    check_room(output, len(lines) * origin.bytes)
-    judged = embedder(spec.clip)
-    judge = Judge(judged, [c.real for c in material.concepts], material.others)
+    check_room(output, len(runs) * origin.bytes)
+    judge = Judge(embedder(spec.clip), [c.real for c in material.concepts], material.others)
     claim_folder(output, identity)
-    return _Session(spec, material, judge, output, registry, console), lines
+    return _Session(spec, material, judge, output, registry, console)
 
 
-def _run(
-    session: _Session,
-    plan: Plan,
-    folder: Path,
-    name: str,
-    settings: dict[str, Any],
-    seed: int,
-    *,
-    rows: str = "rows.jsonl",
-    pictures: bool = False,
-    on_task: Callable[[], None] = lambda: None,
-) -> list[SummaryRow]:
+def _do(session: _Session, plan: Plan, run: _Run, on_task: Callable[[], None]) -> list[SummaryRow]:
     """One run, from where its folder is; returns its summaries."""
-    line = session.spec.line(name)
-    with Lock(folder):
-        store = RunStore(folder, rows)
+    claim_folder(run.folder, run.identity(session.spec))
+    with Lock(run.folder):
+        store = RunStore(run.folder, run.rows)
         for _ in range(store.done):
             on_task()
         if store.done < len(session.material.concepts):
-            where = f"--sequence: methods.{name}"
-            training = session.spec.training_of(line.training, seed, f"{where}.training")
-            method = session.registry.make(str(line.method), settings, where)
-            workload = CustomiseWorkload(plan, session.pipeline(), method, training, name, pictures)
+            method, training = run.make(session.spec, session.registry)
+            pictures = run.seed == session.spec.shown_seed
+            workload = CustomiseWorkload(
+                plan, session.pipeline(), method, training, run.name, pictures
+            )
 
             def told(task: int, written: Sequence[BaseModel]) -> None:
                 on_task()
@@ -168,6 +185,20 @@ def _sentence(row: SummaryRow) -> str:
     )
 
 
+def _levels(session: _Session, progress: RunProgress) -> list[LevelRow]:
+    with Lock(session.folder / "levels", wait=True):
+        count = progress.counting("levels", len(session.material.concepts))
+        return find_levels(
+            session.pipeline(),
+            session.spec,
+            session.material,
+            session.judge,
+            session.plan(progress).studio,
+            session.folder / "levels" / "rows.jsonl",
+            lambda: count(1),
+        )
+
+
 def benchmark(
     sequence: Path,
     methods: str | None,
@@ -177,42 +208,26 @@ def benchmark(
     registry: Registry | None = None,
 ) -> None:
     """Check everything, then run; see `stamina benchmark --help`."""
-    numbers = chosen_seeds(seeds)
-    session, lines = _open(sequence, methods, output, False, registry, console)
-    tasks = len(session.material.concepts)
+    spec, registry = load_spec(sequence), registry or default_registry()
+    numbers, lines = chosen_seeds(seeds), chosen_lines(spec, methods, registry)
+    runs = [
+        _Run(output / name / f"seed-{seed}", name, spec.line(name).settings, seed)
+        for seed in numbers
+        for name in lines
+    ]
+    material = load_material(spec)
+    session = _open(spec, material, runs, output, "evaluation", registry, console)
+    failures = []
     with _full_disk_is_told(output), RunProgress(console, keep=False) as progress:
-        with Lock(output / "levels", wait=True):
-            count = progress.counting("levels", tasks)
-            plan = session.plan(progress)
-            levels = find_levels(
-                session.pipeline(),
-                session.spec,
-                session.material,
-                session.judge,
-                plan.studio,
-                output / "levels" / "rows.jsonl",
-                lambda: count(1),
-            )
-        plan = session.plan(progress, levels)
-        count_all = progress.counting("concepts, all runs", tasks * len(lines) * len(numbers))
-        failures = []
-        for seed in numbers:
-            for name in lines:
-                try:
-                    _run(
-                        session,
-                        plan,
-                        output / name / f"seed-{seed}",
-                        name,
-                        session.spec.line(name).settings,
-                        seed,
-                        pictures=seed == session.spec.shown_seed,
-                        on_task=lambda: count_all(1),
-                    )
-                except TaskFailedError as error:
-                    # the others can still be run
-                    failures.append(str(error))
-                    console.print(f"failed: {error}", soft_wrap=True, markup=False)
+        plan = session.plan(progress, _levels(session, progress))
+        count = progress.counting("concepts, all runs", len(material.concepts) * len(runs))
+        for run in runs:
+            try:
+                _do(session, plan, run, lambda: count(1))
+            except TaskFailedError as error:
+                # the others can still be run
+                failures.append(str(error))
+                console.print(f"failed: {error}", soft_wrap=True, markup=False)
     if failures:
         raise InputError(f"{len(failures)} runs failed, the others are whole: {failures[0]}")
     console.print(f"rows in {output}; make a page of them with stamina report", soft_wrap=True)
@@ -226,40 +241,43 @@ def tune(
     registry: Registry | None = None,
 ) -> None:
     """Check everything, then try settings; see `stamina benchmark --help`."""
-    session, lines = _open(sequence, methods, output, True, registry, console)
-    spec, found = load_spec(sequence), session.registry
-    trials = trials_of(spec, lines, found)
-    folder = output / "tuning"
-    total = len(session.material.concepts) * sum(map(len, trials.values()))
+    spec, registry = load_spec(sequence), registry or default_registry()
+    trials = trials_of(spec, chosen_lines(spec, methods, registry), registry)
+    folder, seed = output / "tuning", spec.tuning.seed
+    runs = {
+        name: [
+            # not .jsonl: a trial is no run of the report's
+            _Run(folder / name / f"trial-{number:02d}", name, settings, seed, "trial.rows")
+            for number, settings in enumerate(tried, 1)
+        ]
+        for name, tried in trials.items()
+    }
+    material = load_material(spec, tuning=True)
+    concepts = len(material.concepts)
+    everything = [run for tried in runs.values() for run in tried]
+    short = _for_tuning(spec, concepts)
+    session = _open(short, material, everything, output, "tuning", registry, console)
     with _full_disk_is_told(output), RunProgress(console, keep=False) as progress:
         plan = session.plan(progress)
-        count = progress.counting("concepts, all trials", total)
-        for name, tried in trials.items():
+        count = progress.counting("concepts, all trials", concepts * len(everything))
+        for name, tried in runs.items():
             outcomes: list[SummaryRow | str] = []
-            for trial, settings in enumerate(tried):
-                place = folder / name / f"trial-{trial + 1:02d}"
+            for run in tried:
                 try:
-                    # not .jsonl: a trial is no run of the report's
-                    outcomes += _run(
-                        session,
-                        plan,
-                        place,
-                        name,
-                        settings,
-                        spec.tuning.seed,
-                        rows="trial.rows",
-                        on_task=lambda: count(1),
-                    )
+                    outcomes += _do(session, plan, run, lambda: count(1))
                 except TaskFailedError as error:
                     outcomes.append(str(error))
-            rows = tuning_rows(
-                name, tried, outcomes, spec.tuning.seed, session.spec.checkpoints[-1]
-            )
+            rows = tuning_rows(name, trials[name], outcomes, seed, concepts)
             write_whole(folder / f"{name}.jsonl", "".join(map(to_line, rows)).encode())
-            picked = [row.settings for row in rows if row.picked]
-            what = f"picked {picked[0]}" if picked else f"every trial failed: {rows[0].failed}"
-            console.print(f"{name}: {what}", soft_wrap=True, highlight=False, markup=False)
+            console.print(_picked(name, rows), soft_wrap=True, highlight=False, markup=False)
     results = read_rows(sorted(folder.glob("*.jsonl")), "--output")
     chosen = tuned(spec, [row for row in results if isinstance(row, TuningRow)])
     write_whole(output / "tuned.json", (chosen.model_dump_json(indent=1) + "\n").encode())
     console.print(f"specification with what was picked: {output / 'tuned.json'}", soft_wrap=True)
+
+
+def _picked(name: str, rows: Sequence[TuningRow]) -> str:
+    for row in rows:
+        if row.picked:
+            return f"{name}: picked {row.settings}, accuracy {row.accuracy_final} at the end"
+    return f"{name}: every trial failed: {rows[0].failed}"

@@ -218,7 +218,7 @@ class CustomiseWorkload:
         )
 
     def _concept_row(
-        self, task: int, state: Any, log: ConceptLog, embeddings: Tensor, peak: float
+        self, task: int, state: Any, log: ConceptLog, embeddings: Tensor, peak: float | None
     ) -> ConceptRow:
         concept = self.plan.material.concepts[task]
         model = self._origin.parameters

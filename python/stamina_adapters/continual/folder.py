@@ -35,7 +35,8 @@ def check_folder(folder: Path, identity: dict[str, Any], argument: str = "--outp
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{where}: is a file; choose an empty or new folder")
-        if folder.is_dir() and any(folder.iterdir()):
+        # a hidden file may be what a killed process left of the first one
+        if folder.is_dir() and any(not e.name.startswith(".") for e in folder.iterdir()):
             file = folder / _SPEC
             if not file.is_file():
                 raise InputError(f"{where}: is in use (not empty); choose an empty or new folder")

@@ -21,11 +21,11 @@ class PeakMemory:
     """A context manager; `mib` is the peak over where it began.
 
     On a GPU, of allocated memory. Otherwise of the resident set, which does not see memory that
-    the process had before and uses again; nan where the system does not tell.
+    the process had before and uses again; None where the system does not tell.
     """
 
     def __init__(self) -> None:
-        self.mib = float("nan")
+        self.mib: float | None = None
         self._cuda = torch.cuda.is_available()
         self._start: int | None = None
 

@@ -100,7 +100,7 @@ class ConceptRow(_OfRun):
     overlap: Figure | None
     overlaps: list[Figure]
     seconds: Figure
-    peak_mib: Figure
+    peak_mib: Figure | None
 
 
 class CheckpointRow(_OfRun):
@@ -154,7 +154,7 @@ class SummaryRow(_OfRun):
     carried_percent: Figure
     density: Figure | None
     seconds: Figure
-    peak_mib: Figure
+    peak_mib: Figure | None
 
 
 class PictureRow(Row):

@@ -115,5 +115,5 @@ def summary_row(
         carried_percent=first[-1].carried_percent,
         density=mean_known([row.density for row in first]),
         seconds=sum(row.seconds for row in first),
-        peak_mib=max(row.peak_mib for row in first),
+        peak_mib=max((row.peak_mib for row in first if row.peak_mib is not None), default=None),
     )

@@ -81,7 +81,7 @@ def tuning_rows(
     picked = best(outcomes)
     rows = []
     for trial, outcome in enumerate(outcomes):
-        found = outcome if isinstance(outcome, SummaryRow) else None
+        figures: dict[str, Any] = {name: getattr(outcome, name, None) for name in _FIGURES}
         rows.append(
             TuningRow(
                 method=name,
@@ -92,7 +92,7 @@ def tuning_rows(
                 settings=settings[trial],
                 picked=trial == picked,
                 failed=None if isinstance(outcome, SummaryRow) else outcome,
-                **{name: getattr(found, name, None) for name in _FIGURES},
+                **figures,
             )
         )
     return rows
