@@ -13,7 +13,6 @@ from stamina_adapters.continual.rows import SummaryRow, TuningRow
 from stamina_adapters.continual.spec import BenchmarkSpec
 from stamina_adapters.training.errors import InputError
 
-
 _FIGURES = ("accuracy_after_learning", "accuracy_final", "a_mmd", "f_mmd", "seconds")
 
 
