@@ -89,16 +89,17 @@ def _lines(
     axes.set_xlim(left=0)
 
 
-def _level(axes: Any, value: Spread | None, name: str) -> None:
+def _level(axes: Any, value: Spread | None, name: str, right: bool = False) -> None:
     if value is None:
         return
     axes.axhline(value.mean, color=SOFT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     axes.annotate(
         name,
-        (0.01, value.mean),
+        (0.99 if right else 0.01, value.mean),
         xycoords=("axes fraction", "data"),
         xytext=(0, 3),
         textcoords="offset points",
+        horizontalalignment="right" if right else "left",
         fontsize=8.5,
         color=SOFT,
     )
@@ -111,7 +112,7 @@ def levels(axes: Any, benchmark: Benchmark) -> None:
     ]
     _level(axes, spread(row.accuracy_ceiling for row in rows), "ceiling: each learned alone")
     _level(axes, spread(row.accuracy_family for row in rows), "the family's word alone")
-    _level(axes, spread(row.chance for row in rows), "chance")
+    _level(axes, spread(row.chance for row in rows), "chance", right=True)
     axes.set_ylim(0, 1.06)
 
 
@@ -126,8 +127,9 @@ def accuracy_figure(benchmark: Benchmark) -> bytes:
         first = min(FIRST, benchmark.concepts)
         axes[0].set_title(f"Kept: accuracy of the first {first} concepts")
         _lines(axes[0], benchmark, first_concepts)
-        axes[1].set_title(f"Learned: accuracy right after learning, mean over {WINDOW} tasks")
+        axes[1].set_title("Learned: accuracy right after learning")
         _lines(axes[1], benchmark, plasticity, markers=False)
+        axes[1].set_xlabel(f"concepts learned; mean over {WINDOW} neighbours")
         for one in axes:
             levels(one, benchmark)
         _legend(made, axes[0], len(benchmark.methods))
@@ -142,7 +144,7 @@ def distance_figure(benchmark: Benchmark) -> bytes:
             "F_mmd: drift since learning\N{HORIZONTAL ELLIPSIS}",
             lambda runs: _summaries(runs, lambda row: row.f_mmd),
         ),
-        ("\N{HORIZONTAL ELLIPSIS}of what was learned: accuracy after learning", learned_so_far),
+        ("\N{HORIZONTAL ELLIPSIS}and accuracy after learning", learned_so_far),
     )
     with figure(13, 4.4, columns=3) as (made, axes):
         for one, (title, points) in zip(axes, panels, strict=True):
@@ -158,7 +160,7 @@ def balance_figure(benchmark: Benchmark) -> bytes:
     """Each method as a point: accuracy right after learning, and at the end."""
     found = looks(list(benchmark.methods))
     count = benchmark.concepts
-    with figure(6.4, 5.6) as (made, (axes,)):
+    with figure(7.4, 5.0) as (made, (axes,)):
         axes.set_title(f"Learned and kept, {count} concepts")
         axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
         axes.annotate(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stamina_adapters.continual.report.results import Benchmark, Run
-from stamina_adapters.continual.report.style import SEQUENTIAL, figure, to_png
+from stamina_adapters.continual.report.style import SEQUENTIAL, SHARES, SOFT, figure, to_png
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
@@ -116,13 +116,13 @@ def confusion_heat(benchmark: Benchmark) -> bytes:
         count = len(matrix)
         image = axes.imshow(
             matrix,
-            cmap=SEQUENTIAL,
+            cmap=SHARES,
             vmin=0,
             vmax=1,
             interpolation="nearest",
             extent=(0.5, count + 1.5, count + 0.5, 0.5),
         )
-        axes.axvline(count + 0.5, color="white", linewidth=1)
+        axes.axvline(count + 0.5, color=SOFT, linewidth=0.8)
         axes.set_xlabel("told (last column: none of them)")
         axes.set_ylabel("asked for")
         return image
@@ -146,7 +146,7 @@ def overlap_heat(benchmark: Benchmark) -> bytes | None:
         axes.set_ylabel("concept")
         return axes.imshow(
             matrix,
-            cmap=SEQUENTIAL,
+            cmap=SHARES,
             vmin=0,
             interpolation="nearest",
             extent=(0.5, count + 0.5, count + 0.5, 0.5),

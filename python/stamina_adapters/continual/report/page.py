@@ -171,7 +171,7 @@ to real pictures at the end. Lower is better for both and for KID.</p>
 losing the ability to learn.</p>
 {_figure(accuracy_heat(benchmark), "accuracy of every concept at every checkpoint")}
 <h2>Who is taken for whom</h2>
-<p class="soft">Pictures after the last concept. A bright diagonal is right; a bright column is a
+<p class="soft">Pictures after the last concept. A dark diagonal is right; a dark column is a
 concept that replaces others.</p>
 {_figure(confusion_heat(benchmark), "confusion between concepts")}
 {_masks(benchmark)}

@@ -27,6 +27,8 @@ _RIVALS = (
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (5, 1.4, 1.2, 1.4)))
 _MARKERS = "osD^vPX<>"
 SEQUENTIAL = "cividis"
+SHARES = "Blues"
+"""For matrices that are mostly zero: zero is the paper's white."""
 
 
 @dataclass(frozen=True)
