@@ -175,9 +175,9 @@ def test_a_method_that_diverges_does_not_stop_the_others(spec, tmp_path):
     assert len(comparable(out / "fake" / "seed-0" / "rows.jsonl")) == 5
     (benchmark,) = read_results([out]).benchmarks
     assert benchmark.finished() == ["other"]
-    tuning = run("benchmark", "--sequence", spec, "--tune", "--output", tmp_path / "tuning")
+    tuning = run("benchmark", "--sequence", spec, "--tune", "--output", tmp_path / "tuned")
     assert tuning.exit_code == 0
-    trials = read_results([tmp_path / "tuning"]).tuning
+    trials = read_results([tmp_path / "tuned"]).tuning
     assert [row.failed is not None for row in trials] == [True, True, False, False]
 
 
