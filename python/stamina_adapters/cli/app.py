@@ -88,6 +88,100 @@ def fold(
 
 
 @app.command()
+def benchmark(
+    sequence: Annotated[
+        Path, typer.Option("--sequence", metavar="SPEC.json", help="What is run; see benchmarks/.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", help="New or empty folder, or one to go on with: same SPEC."),
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Names, separated by commas. Default: all of SPEC's."),
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="Numbers, separated by commas.")] = "0",
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Try settings on SPEC's tuning concepts instead: as many for every method.",
+        ),
+    ] = False,
+) -> None:
+    """Teach a model a long sequence of concepts with each method, and measure what is kept.
+
+    Killed at any moment, the same command goes on after the last finished concept and ends with
+    the same bits. Rows of results are in <method>/seed-<n>/rows.jsonl; see stamina report.
+    """
+    from stamina_adapters.cli.benchmark import benchmark as run
+    from stamina_adapters.cli.benchmark import tune as run_tune
+
+    with one_line_errors():
+        if tune:
+            run_tune(sequence, methods, output, console())
+        else:
+            run(sequence, methods, seeds, output, console())
+
+
+@app.command()
+def evaluate(
+    pretrained_model_name_or_path: Annotated[
+        Path,
+        typer.Option("--pretrained_model_name_or_path", help="Folder that knows the concepts."),
+    ],
+    concepts_list: Annotated[
+        Path,
+        typer.Option("--concepts_list", help="The JSON file that it learned them from."),
+    ],
+    clip: Annotated[
+        Path | None,
+        typer.Option("--clip", help="Local CLIP folder that judges. Default: the shipped encoder."),
+    ] = None,
+    num_images_per_prompt: Annotated[int, typer.Option("--num_images_per_prompt", min=1)] = 16,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Picture k uses seed + k.")] = 10_000,
+    num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 20,
+    guidance_scale: Annotated[float, typer.Option("--guidance_scale", min=0.0)] = 3.0,
+    sample_batch_size: Annotated[int, typer.Option("--sample_batch_size", min=1)] = 16,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="New JSON file for the figures.")
+    ] = None,
+) -> None:
+    """Measure how well a model draws the concepts that it has learned."""
+    from stamina_adapters.cli.evaluate import evaluate as run
+    from stamina_adapters.continual.spec import SamplingSpec
+
+    with one_line_errors():
+        sampling = SamplingSpec(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            scheduler="model",
+            pictures=num_images_per_prompt,
+            batch_size=sample_batch_size,
+            noise_seed=seed,
+        )
+        run(pretrained_model_name_or_path, concepts_list, clip, sampling, output, console())
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Rows, in any depth.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for the pages. Default: the first DIR.")
+    ] = None,
+    collect: Annotated[
+        Path | None,
+        typer.Option("--collect", help="Also copy the rows there, one file for each run."),
+    ] = None,
+) -> None:
+    """Make report.html and report.md from the rows of benchmarks, and from nothing else."""
+    from stamina_adapters.cli.results import report as run
+
+    with one_line_errors():
+        run(folders, output, collect, console())
+
+
+@app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

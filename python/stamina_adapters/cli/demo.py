@@ -18,7 +18,6 @@ from rich.table import Table
 from stamina_adapters.cli.embedded import (
     embedded_concepts,
     model_path,
-    pictures,
     sequence_identities,
     write_embedded_images,
 )
@@ -35,10 +34,12 @@ from stamina_adapters.cli.workspace import (
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.embedded import Identity, heldout_identities, load_encoder
 from stamina_adapters.embedded.ceiling import train_ceiling
+from stamina_adapters.embedded.pictures import REAL_PICTURES_SEED, pictures
 from stamina_adapters.evaluation.cost import SD15_SHAPES, KeyValueShape, measure_projections
 from stamina_adapters.evaluation.embedder import EncoderEmbedder
 from stamina_adapters.evaluation.grid import image_grid
-from stamina_adapters.evaluation.metrics import NearestCentroid, a_mmd, f_mmd
+from stamina_adapters.evaluation.judge import Judge
+from stamina_adapters.evaluation.metrics import a_mmd, f_mmd
 from stamina_adapters.evaluation.sampling import generate_images
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.data import ConceptDataset
@@ -48,7 +49,6 @@ from stamina_kernels import info
 
 DISTRACTORS = 45
 SAMPLES = 16
-REAL_SEED = 1_000
 SAMPLE_SEED = 10_000
 SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0}
 SHOWN = 3
@@ -76,22 +76,15 @@ class _Studio:
         )
 
 
-class _Judge:
-    """Tells identities by the encoder, among the learned ones and distractors."""
+def _judge(learned: list[Identity]) -> Judge:
+    """Tells identities among the learned ones and distractors."""
+    known = {one.id for one in learned}
+    others = [i for i in heldout_identities() if i.id not in known][:DISTRACTORS]
 
-    def __init__(self, learned: list[Identity]) -> None:
-        others = [i for i in heldout_identities() if i.id not in {one.id for one in learned}]
-        self.embedder = EncoderEmbedder(load_encoder())
-        real = [
-            self.embedder.embed(pictures(identity, SAMPLES, REAL_SEED))
-            for identity in [*learned, *others[:DISTRACTORS]]
-        ]
-        self.real = real[: len(learned)]
-        self.centroids = NearestCentroid(real)
+    def real(identities: list[Identity]) -> list[Pictures]:
+        return [pictures(identity, SAMPLES, REAL_PICTURES_SEED) for identity in identities]
 
-    def accuracy(self, images: Pictures, concept: int) -> float:
-        """Share of pictures told as the concept at this position."""
-        return self.centroids.accuracy(self.embedder.embed(images), concept)
+    return Judge(EncoderEmbedder(load_encoder()), real(learned), real(others))
 
 
 _RELOAD = """
@@ -197,7 +190,7 @@ def _concept_reports(
     gallery: _Gallery,
     logs: list[ConceptLog],
     identities: list[Identity],
-    judge: _Judge,
+    judge: Judge,
     weights: dict[str, int],
 ) -> list[ConceptReport]:
     return [
@@ -262,7 +255,7 @@ def demo(
     trainer = ContinualTrainer(load_pipeline(model_path()), StaminaMethod(adapter), training)
     pipe = trainer.pipe
     identities, concepts = sequence_identities(), embedded_concepts(output / "images")
-    judge = _Judge(identities)
+    judge = _judge(identities)
     write_embedded_images(concepts)
     gallery, logs = _run(trainer, concepts, identities, output / "run", console)
     save_pipeline(pipe, output / "run")
@@ -281,7 +274,7 @@ def demo(
     }
     report = DemoReport(
         concepts=rows,
-        identities=len(judge.centroids.centroids),
+        identities=judge.identities,
         pictures=SAMPLES,
         **means,
         a_mmd=a_mmd(judge.real, embedded["final"]),

@@ -3,16 +3,13 @@
 
 from pathlib import Path
 
-from PIL import Image
-
-from stamina_adapters.embedded import Identity, assets_dir, heldout_identities, render
+from stamina_adapters.embedded import Identity, assets_dir, heldout_identities
+from stamina_adapters.embedded.pictures import TRAINING_PICTURES_SEED, pictures
 from stamina_adapters.training.config import ConceptSpec
 from stamina_adapters.training.errors import InputError
 
 CONCEPTS = 5
 PICTURES = 12
-TRAINING_PICTURES_SEED = 1
-"""Seed of the nuisance in the pictures that concepts are learned from; metrics use others."""
 
 
 def model_path() -> Path:
@@ -39,11 +36,6 @@ def embedded_concepts(folder: Path) -> list[ConceptSpec]:
         )
         for number, identity in enumerate(sequence_identities(), 1)
     ]
-
-
-def pictures(identity: Identity, count: int, seed: int) -> list[Image.Image]:
-    """`count` real pictures of an identity."""
-    return [Image.fromarray(picture) for picture in render(identity, count, seed)]
 
 
 def write_embedded_images(concepts: list[ConceptSpec]) -> None:

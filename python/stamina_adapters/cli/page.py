@@ -1,59 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`report.html`: one file that shows everything, with no external resource."""
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 
 from PIL import Image
 
 from stamina_adapters.cli.report import DENSITY_BOUNDS, ConceptReport, DemoReport
+from stamina_adapters.evaluation.html import STYLE, card, picture, table
 from stamina_adapters.training.trainer import ConceptLog
 
 _COLOURS = ("#3b6fd4", "#d9722b", "#2e9d6a", "#a34fc4", "#c43b55", "#7a7a2e", "#2b98b5")
-
-_STYLE = """
-:root{--ink:#1d2026;--soft:#667;--line:#e2e5ea;--paper:#fff;--card:#f6f7f9;--yes:#1d8a4e;--no:#c0392b}
-@media(prefers-color-scheme:dark){:root{--ink:#e9ebef;--soft:#a0a7b4;--line:#343a45;--paper:#16181d;
---card:#1f232b;--yes:#4cc38a;--no:#ff7b6b}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1080px;padding:40px 24px;background:var(--paper);color:var(--ink);
-font:16px/1.55 system-ui,sans-serif}
-h1{font-size:30px;margin:0 0 6px}h2{font-size:20px;margin:44px 0 12px}p{margin:0 0 12px}
-.soft{color:var(--soft)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:14px;margin:26px 0}
-.card{background:var(--card);border-radius:12px;padding:16px 18px}
-.card b{display:block;font-size:28px;line-height:1.2}.card span{color:var(--soft);font-size:14px}
-img{width:100%;border-radius:12px;border:1px solid var(--line);background:#fff}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:8px 10px;border-bottom:1px solid var(--line)}
-th{font-weight:600;color:var(--soft);font-size:14px}th:first-child,td:first-child{text-align:left}
-tr:last-child td{font-weight:600}
-.scroll{overflow-x:auto}
-.bar{display:grid;grid-template-columns:190px 1fr 48px;gap:12px;align-items:center;font-size:14px;
-margin:5px 0}
-.track{background:var(--card);border-radius:6px;height:14px;overflow:hidden}
-.fill{height:14px;border-radius:6px;background:#3b6fd4}
-.fill.eager{background:#9aa3b2}
-ul{list-style:none;padding:0;margin:0}li{padding:5px 0}
-.yes{color:var(--yes)}.no{color:var(--no)}.yes,.no{font-weight:700;display:inline-block;width:36px}
-svg{width:100%;height:auto;background:var(--card);border-radius:12px}
-svg text{fill:var(--soft);font:12px system-ui,sans-serif}
-.key{font-size:14px;margin-right:16px;white-space:nowrap}
-.dot{display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:6px}
-"""
-
-
-def _picture(image: Image.Image, alt: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
-
-
-def _card(value: str, text: str) -> str:
-    return f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
 
 
 def _cards(report: DemoReport) -> str:
@@ -61,36 +18,33 @@ def _cards(report: DemoReport) -> str:
     time = report.step_ms_eager_sd15 / report.step_ms_ours_sd15
     return "".join(
         (
-            _card(
+            card(
                 f"{report.accuracy_final:.0%}",
                 f"told as themselves after all {len(report.concepts)}, among {report.identities}; "
                 f"{report.accuracy_after_learning:.0%} right after learning",
             ),
-            _card(f"{report.accuracy_ceiling:.0%}", "the ceiling: each alone, trained in full"),
-            _card(f"{memory:.0f}x", "less saved for backward than eager PyTorch"),
-            _card(f"{time:.1f}x", "faster than eager PyTorch at SD 1.5's shapes"),
-            _card("none", "parameters added: everything is folded into the model"),
+            card(f"{report.accuracy_ceiling:.0%}", "the ceiling: each alone, trained in full"),
+            card(f"{memory:.0f}x", "less saved for backward than eager PyTorch"),
+            card(f"{time:.1f}x", "faster than eager PyTorch at SD 1.5's shapes"),
+            card("none", "parameters added: everything is folded into the model"),
         )
     )
 
 
-def _cells(name: str, of: ConceptReport | DemoReport) -> str:
+def _cells(name: str, of: ConceptReport | DemoReport) -> list[str]:
     shares = (
         of.accuracy_base,
         of.accuracy_ceiling,
         of.accuracy_after_learning,
         of.accuracy_final,
     )
-    cells = "".join(f"<td>{share:.2f}</td>" for share in shares)
-    return f"<tr><td>{escape(name)}</td>{cells}</tr>"
+    return [name, *(f"{share:.2f}" for share in shares)]
 
 
 def _accuracy_table(report: DemoReport) -> str:
     titles = ("concept", "before", "alone, in full", "right after learning", "at the end")
-    head = "".join(f"<th>{title}</th>" for title in titles)
     rows = [_cells(f"{c.token}  {c.identity}", c) for c in report.concepts]
-    rows.append(_cells("mean", report))
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    return table(titles, [*rows, _cells("mean", report)])
 
 
 def _bar(name: str, share: float, value: str, kind: str = "") -> str:
@@ -172,7 +126,7 @@ def page(report: DemoReport, grid: Image.Image, logs: Sequence[ConceptLog]) -> s
     count = len(report.concepts)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Five concepts in a row</title><style>{_STYLE}</style></head><body>
+<title>Five concepts in a row</title><style>{STYLE}</style></head><body>
 <h1>{count} concepts, one after the other, one model</h1>
 <p class="soft">Each was learned from its own pictures only, by a masked low-rank update of the
 cross-attention keys and values, and folded into the weights before the next. No earlier picture
@@ -183,7 +137,7 @@ threads, seed {report.seed}.</p>
 <p class="soft">Real pictures, and what &ldquo;a photo of &lt;v1&gt;&rdquo; gives right after its
 concept was learned and after all {count}, from the same noise: what changed between the two was
 forgotten.</p>
-{_picture(grid, "Rows: concepts. Columns: real, right after learning, after all.")}
+{picture(grid, "Rows: concepts. Columns: real, right after learning, after all.")}
 <h2>Identity</h2>
 <p class="soft">Share of {report.pictures} generated pictures that the image encoder tells as the
 right one of {report.identities} identities; chance is {1 / report.identities:.2f}. Before: pictures

@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from stamina_adapters.training.trainer import StepReport
 
@@ -14,9 +21,13 @@ _SMOOTHING = 0.95
 
 
 class RunProgress:
-    """Bars for training and for anything that is counted; a context manager."""
+    """Bars for training and for anything that is counted; a context manager.
 
-    def __init__(self, console: Console) -> None:
+    `keep` False removes bars that are full when another begins: for commands with hundreds.
+    """
+
+    def __init__(self, console: Console, keep: bool = True) -> None:
+        self._keep = keep
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -38,15 +49,22 @@ class RunProgress:
     ) -> None:
         self._progress.stop()
 
+    def _add(self, title: str, total: int | None) -> TaskID:
+        if not self._keep:
+            for task in self._progress.tasks:
+                if task.finished:
+                    self._progress.remove_task(task.id)
+        return self._progress.add_task(title, total=total, note="")
+
     def counting(self, title: str, total: int) -> Callable[[int], None]:
         """A bar; call the result with how many more are done."""
-        task = self._progress.add_task(title, total=total, note="")
+        task = self._add(title, total)
         return lambda count: self._progress.update(task, advance=count)
 
     @contextmanager
     def waiting(self, title: str) -> Iterator[None]:
         """A bar that only shows that something of unknown length is going on."""
-        task = self._progress.add_task(title, total=None, note="")
+        task = self._add(title, None)
         yield
         self._progress.update(task, total=1, completed=1)
 
@@ -56,7 +74,7 @@ class RunProgress:
         The loss shown is an exponential mean: single batches differ by more than a concept learns
         in a hundred steps.
         """
-        task = self._progress.add_task(title, total=total, note="")
+        task = self._add(title, total)
         smooth: float | None = None
 
         def on_step(report: StepReport) -> None:

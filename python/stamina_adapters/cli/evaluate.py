@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stamina evaluate`: the metrics for a folder that exists."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from stamina_adapters.cli.benchmark import embedder
+from stamina_adapters.cli.progress import RunProgress
+from stamina_adapters.cli.train import read_datasets
+from stamina_adapters.cli.workspace import MODEL, load_pipeline, write_text
+from stamina_adapters.continual.score import mean
+from stamina_adapters.continual.spec import SamplingSpec
+from stamina_adapters.continual.studio import Studio
+from stamina_adapters.evaluation.judge import Judge
+from stamina_adapters.evaluation.kid import kid
+from stamina_adapters.evaluation.metrics import polynomial_mmd
+from stamina_adapters.training.config import load_concepts_list
+from stamina_adapters.training.errors import InputError
+
+
+class ConceptFigures(BaseModel):
+    """One concept; `accuracy` is the share told as itself, None where there is no other."""
+
+    token: str
+    accuracy: float | None
+    cosine: float
+    mmd: float
+
+
+class Figures(BaseModel):
+    """What `stamina evaluate` measures.
+
+    a_mmd      mean over concepts of the discrepancy to their real pictures
+    kid        of all real and all generated pictures; None for fewer than two
+    accuracy   mean over concepts; chance is one over their number
+    """
+
+    model: str
+    judged_by: str
+    pictures: int
+    accuracy: float | None
+    cosine: float
+    a_mmd: float
+    kid: float | None
+    concepts: list[ConceptFigures]
+
+
+def _check_output(file: Path | None) -> None:
+    if file is None:
+        return
+    if file.exists():
+        raise InputError(f"--output {str(file)!r}: exists; choose another file")
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"--output {str(file)!r}: its folder does not exist; make it")
+
+
+def _check_known(pipe: Any, tokens: list[str], model: Path) -> None:
+    vocabulary = pipe.tokenizer.get_vocab()
+    unknown = [token for token in tokens if token not in vocabulary]
+    if unknown:
+        raise InputError(
+            f"{MODEL} {str(model)!r}: has not learned {', '.join(unknown)}; give the folder that "
+            "was trained on this list"
+        )
+
+
+def evaluate(
+    model: Path,
+    concepts_list: Path,
+    clip: Path | None,
+    sampling: SamplingSpec,
+    output: Path | None,
+    console: Console,
+) -> Figures:
+    """Check everything, then draw and judge; see `stamina evaluate --help`."""
+    _check_output(output)
+    concepts = load_concepts_list(concepts_list)
+    datasets = read_datasets(concepts)
+    pipe = load_pipeline(model)
+    _check_known(pipe, [concept.token for concept in concepts], model)
+    judged = embedder(clip)
+    real_pictures = [dataset.images for dataset in datasets]
+    # a centroid alone tells nobody apart, but the distances to it are still of use
+    several = len(concepts) > 1
+    judge = Judge(judged, real_pictures, () if several else real_pictures)
+    with RunProgress(console) as progress:
+        drawn = Studio(sampling, progress.counting).draw(
+            pipe, [concept.instance_prompt for concept in concepts], "pictures"
+        )
+    embedded = [judged.embed(images) for images in drawn]
+    rows = [
+        ConceptFigures(
+            token=concept.token,
+            accuracy=judge.centroids.accuracy(embedded[k], k) if several else None,
+            cosine=judge.cosine(embedded[k], k),
+            mmd=polynomial_mmd(judge.real[k], embedded[k]),
+        )
+        for k, concept in enumerate(concepts)
+    ]
+    figures = _figures(rows, judge, embedded, model, clip, sampling)
+    if output is not None:
+        write_text(output, figures.model_dump_json(indent=1) + "\n")
+    console.print(_table(figures))
+    return figures
+
+
+def _figures(
+    rows: list[ConceptFigures],
+    judge: Judge,
+    embedded: list[torch.Tensor],
+    model: Path,
+    clip: Path | None,
+    sampling: SamplingSpec,
+) -> Figures:
+    known = [row.accuracy for row in rows if row.accuracy is not None]
+    return Figures(
+        model=str(model),
+        judged_by="the shipped encoder" if clip is None else str(clip),
+        pictures=sampling.pictures,
+        accuracy=mean(known) if known else None,
+        cosine=mean([row.cosine for row in rows]),
+        a_mmd=mean([row.mmd for row in rows]),
+        kid=kid(torch.cat(judge.real), torch.cat(embedded)),
+        concepts=rows,
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(figures: Figures) -> Table:
+    distance = "-" if figures.kid is None else f"{1e3 * figures.kid:.3f}"
+    table = Table(
+        title=f"{figures.pictures} pictures each, judged by {figures.judged_by}; "
+        f"KID x 1000: {distance}"
+    )
+    for title in ("concept", "told as itself", "cosine to real", "MMD to real"):
+        table.add_column(title, justify="left" if title == "concept" else "right")
+    for row in figures.concepts:
+        table.add_row(row.token, _share(row.accuracy), f"{row.cosine:.3f}", f"{row.mmd:.3f}")
+    table.add_section()
+    table.add_row("mean", _share(figures.accuracy), f"{figures.cosine:.3f}", f"{figures.a_mmd:.3f}")
+    return table

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""By how much memory grows at its highest while something runs."""
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_MIB = 2**20
+_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {field}")
+
+
+class PeakMemory:
+    """A context manager; `mib` is the peak over where it began.
+
+    On a GPU, of allocated memory. Otherwise of the resident set, which does not see memory that
+    the process had before and uses again; None where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.mib: float | None = None
+        self._cuda = torch.cuda.is_available()
+        self._start: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+            return self
+        try:
+            _REFERENCES.write_text("5")  # the peak becomes the present size
+            self._start = _resident("VmRSS")
+        except OSError:
+            self._start = None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._start is None:
+            return
+        if self._cuda:
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = _resident("VmHWM")
+        self.mib = max(0.0, (peak - self._start) / _MIB)

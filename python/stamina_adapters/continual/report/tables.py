@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures in tables, for the page and in Markdown."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stamina_adapters.continual.report.results import Benchmark, Run
+from stamina_adapters.continual.report.stats import spread, text
+from stamina_adapters.continual.rows import SummaryRow, TuningRow
+
+_DASH = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Titles and cells; the first column is text."""
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [
+            "| " + " | ".join(self.titles) + " |",
+            "|" + "|".join(["---", *(["---:"] * (len(self.titles) - 1))]) + "|",
+        ]
+        lines += [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows
+        ]
+        return "\n".join(lines) + "\n"
+
+
+_Column = tuple[str, Callable[[SummaryRow], float | None], int, float]
+
+# F_mmd always follows accuracy right after learning
+_QUALITY: tuple[_Column, ...] = (
+    ("accuracy at the end", lambda row: row.accuracy_final, 2, 1.0),
+    ("accuracy after learning", lambda row: row.accuracy_after_learning, 2, 1.0),
+    ("F_mmd", lambda row: row.f_mmd, 3, 1.0),
+    ("A_mmd", lambda row: row.a_mmd, 3, 1.0),
+    ("KID \N{MULTIPLICATION SIGN} 1000", lambda row: row.kid, 2, 1e3),
+    ("cosine to real", lambda row: row.cosine_final, 3, 1.0),
+)
+_COST: tuple[_Column, ...] = (
+    ("trained, % of the model", lambda row: row.trained_percent, 2, 1.0),
+    ("stored to sample, %", lambda row: row.stored_percent, 3, 1.0),
+    ("carried to learn on, %", lambda row: row.carried_percent, 1, 1.0),
+    ("s / concept", lambda row: row.seconds / row.concepts, 1, 1.0),
+    ("peak MiB", lambda row: row.peak_mib, 0, 1.0),
+    ("mask density", lambda row: row.density, 2, 1.0),
+)
+
+
+def _table(benchmark: Benchmark, concepts: int, columns: Sequence[_Column]) -> Table:
+    rows = []
+    for name in benchmark.methods:
+        found = benchmark.summaries(name, concepts)
+        if not found:
+            continue
+        cells = [text(found, value, digits, factor) for _, value, digits, factor in columns]
+        rows.append([name, str(len(found)), *cells])
+    return Table(["method", "seeds", *(title for title, *_ in columns)], rows)
+
+
+def quality_table(benchmark: Benchmark, concepts: int) -> Table:
+    """What was learned and kept, one row for each method."""
+    return _table(benchmark, concepts, _QUALITY)
+
+
+def cost_table(benchmark: Benchmark, concepts: int) -> Table:
+    """Parameters, time and memory, one row for each method."""
+    return _table(benchmark, concepts, _COST)
+
+
+def ablation_table(benchmark: Benchmark, concepts: int) -> Table:
+    """What was learned and kept, with density and time beside."""
+    chosen = (*_QUALITY[:4], _COST[0], _COST[3], _COST[5])
+    return _table(benchmark, concepts, chosen)
+
+
+def pair_table(benchmark: Benchmark) -> Table | None:
+    """Two concepts in one prompt, means over all pairs and seeds; None where there are none."""
+    rows = []
+    for name in benchmark.finished():
+        pairs = [pair for run in benchmark.methods[name] for pair in run.pairs]
+        if pairs:
+            either = _per_run(benchmark.methods[name], lambda p: p.share_either)
+            first = _per_run(benchmark.methods[name], lambda p: p.share_first)
+            second = _per_run(benchmark.methods[name], lambda p: p.share_second)
+            rows.append([name, str(len(pairs)), either, first, second])
+    titles = ["method", "pairs", "either of the two", "the first", "the second"]
+    return Table(titles, rows) if rows else None
+
+
+def _per_run(runs: Sequence[Run], value: Callable[..., float]) -> str:
+    means = [sum(map(value, run.pairs)) / len(run.pairs) for run in runs if run.pairs]
+    found = spread(means)
+    return _DASH if found is None else found.text()
+
+
+def mask_table(benchmark: Benchmark) -> Table | None:
+    """Density, and overlap beside what independent masks of that density would have."""
+    rows = []
+    for name in benchmark.finished():
+        concepts = [row for run in benchmark.methods[name] for row in run.concepts]
+        dense = spread(row.density for row in concepts)
+        if dense is None:
+            continue
+        pairs = [one for row in concepts for one in row.overlaps]
+        last = [run.concepts[-1] for run in benchmark.methods[name] if run.concepts]
+        rows.append(
+            [
+                name,
+                dense.text(),
+                text(pairs, lambda one: one),
+                text(last, lambda row: row.overlap),
+            ]
+        )
+    titles = ["method", "density", "overlap with one earlier concept", "of the last, with any"]
+    return Table(titles, rows) if rows else None
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return _DASH if value is None else f"{value:.{digits}f}"
+
+
+def tuning_table(rows: Sequence[TuningRow]) -> Table:
+    """Every trial, the picked ones marked."""
+    titles = (
+        "method",
+        "trial",
+        "outcome",
+        "accuracy at the end",
+        "accuracy after learning",
+        "F_mmd",
+        "A_mmd",
+        "settings",
+    )
+    cells = [
+        [
+            row.method,
+            f"{row.trial} / {row.trials}",
+            "picked" if row.picked else "failed" if row.failed else "",
+            _figure(row.accuracy_final, 2),
+            _figure(row.accuracy_after_learning, 2),
+            _figure(row.f_mmd, 3),
+            _figure(row.a_mmd, 3),
+            json.dumps(row.settings),
+        ]
+        for row in rows
+    ]
+    return Table(titles, cells)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run on disk: killed at any moment, it resumes after its last finished task, each row once.
+
+A run's folder holds `state.safetensors`, replaced after every task, and `rows.jsonl`. The state
+is the only truth. It holds the rows of its own task and the length that the row file had before
+them, and is renamed into place before they are appended. Opening a run cuts the row file to that
+length and appends them again: whatever a killed process left of them is replaced by the same bytes.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from stamina_adapters.continual.rows import from_line, to_line
+from stamina_adapters.training.errors import InputError
+
+_ENTRY = "stamina_run"
+_Kind = TypeVar("_Kind", bound=BaseModel)
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write beside the place and rename there; on the disk when it returns, or not there at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Lock:
+    """Keeps a second process out of a folder; gone with the process, however it ends."""
+
+    def __init__(self, folder: Path, wait: bool = False) -> None:
+        """`wait` for the other process instead of raising `InputError`."""
+        self._file, self._wait = folder / ".lock", wait
+
+    def __enter__(self) -> "Lock":
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self._file.open("w")
+        try:
+            import fcntl
+        except ImportError:  # only on systems without POSIX locks
+            return self
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
+        except OSError as error:
+            self._stream.close()
+            raise InputError(
+                f"--output: another process works in {str(self._file.parent)!r}; "
+                "wait for it, or give other methods or seeds"
+            ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+
+
+class RunStore:
+    """One run: `done` tasks, the tensors and facts to go on from, and the rows so far."""
+
+    def __init__(self, folder: Path, rows: str = "rows.jsonl") -> None:
+        """Open a run, or begin one in a new folder; the file `rows` is brought to the state's rows.
+
+        Raises `InputError` when the state cannot be read.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._state, self._lines = folder / "state.safetensors", folder / rows
+        self.done = 0
+        self.facts: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._length = 0
+        pending: list[str] = []
+        if self._state.is_file():
+            described = self._read()
+            self.done, self.facts = described["done"], described["facts"]
+            self._length, pending = described["length"], described["lines"]
+        self._append(pending)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            with safe_open(self._state, framework="pt") as reader:
+                described: dict[str, Any] = json.loads((reader.metadata() or {})[_ENTRY])
+                self.tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise InputError(
+                f"--output: {str(self._state)!r} is damaged; remove {str(self._state.parent)!r} to "
+                "run it again"
+            ) from error
+        return described
+
+    def _append(self, lines: Sequence[str]) -> None:
+        data = "".join(lines).encode()
+        with self._lines.open("r+b" if self._lines.exists() else "w+b") as stream:
+            stream.truncate(self._length)
+            stream.seek(self._length)
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._length += len(data)
+
+    def rows(self, kind: type[_Kind]) -> list[_Kind]:
+        """All rows of a kind, in the order written."""
+        lines = self._lines.read_text(encoding="utf-8").splitlines()
+        return [row for row in map(from_line, lines) if isinstance(row, kind)]
+
+    def commit(
+        self, tensors: dict[str, Tensor], facts: dict[str, Any], rows: Sequence[BaseModel]
+    ) -> None:
+        """Finish a task: the state to go on from and the task's rows, both or neither."""
+        lines = [to_line(row) for row in rows]
+        described = {
+            "done": self.done + 1,
+            "facts": facts,
+            "length": self._length,
+            "lines": lines,
+        }
+        flat = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        write_whole(self._state, save(flat, {_ENTRY: json.dumps(described)}))
+        self._append(lines)
+        self.done, self.facts, self.tensors = self.done + 1, facts, flat
+
+
+class RowLog:
+    """Rows that stand for themselves, each written once under a key; used for cached results."""
+
+    def __init__(self, file: Path) -> None:
+        """Open or begin the file; a last line that a killed process left unfinished is cut off."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file
+        data = file.read_bytes() if file.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            with file.open("r+b") as stream:
+                stream.truncate(len(whole))
+        try:
+            self.rows: list[BaseModel] = [from_line(line) for line in whole.decode().splitlines()]
+        except ValueError as error:
+            raise InputError(
+                f"--output: {str(file)!r} is damaged; remove it to compute it again"
+            ) from error
+
+    def append(self, row: BaseModel) -> None:
+        """Write one more row."""
+        with self._file.open("ab") as stream:
+            stream.write(to_line(row).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.rows.append(row)

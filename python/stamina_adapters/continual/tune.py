@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing settings: the same number of trials for every method, on the tuning concepts only.
+
+A trial learns all tuning concepts with one of the settings that the method's list offers. The one
+with the highest final accuracy is picked; of equals, the one with the lowest A_mmd, then the first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from stamina_adapters.continual.registry import Registry
+from stamina_adapters.continual.rows import SummaryRow, TuningRow
+from stamina_adapters.continual.spec import BenchmarkSpec
+from stamina_adapters.training.errors import InputError
+
+_FIGURES = ("accuracy_after_learning", "accuracy_final", "a_mmd", "f_mmd", "seconds")
+
+
+def merged(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with the values of `over`, parts of parts included."""
+    result = dict(settings)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def trials_of(
+    spec: BenchmarkSpec, lines: Sequence[str], registry: Registry
+) -> dict[str, list[dict[str, Any]]]:
+    """For every line, the settings of each of its trials: the line's own with a list's over them.
+
+    Raises `InputError` where a method offers fewer than `spec.tuning.trials`, or the lists differ
+    in length and that is not given: no method may have more tries than another.
+    """
+    offered = {}
+    for name in lines:
+        method = str(spec.line(name).method)
+        if method not in registry.search:
+            raise InputError(f"--methods: {name!r} has no settings to search; leave it out")
+        offered[name] = list(registry.search[method])
+    counts = {name: len(settings) for name, settings in offered.items()}
+    trials = spec.tuning.trials
+    if trials is None:
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise InputError(
+                f"--sequence: methods offer different numbers of settings ({listed}); "
+                "set tuning.trials"
+            )
+        trials = next(iter(counts.values()))
+    for name, count in counts.items():
+        if count < trials:
+            raise InputError(f"--sequence: tuning.trials {trials}: {name!r} offers {count}")
+    return {
+        name: [merged(spec.line(name).settings, one) for one in offered[name][:trials]]
+        for name in lines
+    }
+
+
+def best(outcomes: Sequence[SummaryRow | str]) -> int | None:
+    """Which trial is picked: its position, None where all failed."""
+    order = [
+        (-row.accuracy_final, row.a_mmd, index)
+        for index, row in enumerate(outcomes)
+        if isinstance(row, SummaryRow)
+    ]
+    return min(order)[2] if order else None
+
+
+def tuning_rows(
+    name: str,
+    settings: Sequence[dict[str, Any]],
+    outcomes: Sequence[SummaryRow | str],
+    seed: int,
+    concepts: int,
+) -> list[TuningRow]:
+    """All trials of a method, the picked one marked; an outcome is a summary, or why it failed."""
+    picked = best(outcomes)
+    rows = []
+    for trial, outcome in enumerate(outcomes):
+        figures: dict[str, Any] = {name: getattr(outcome, name, None) for name in _FIGURES}
+        rows.append(
+            TuningRow(
+                method=name,
+                trial=trial + 1,
+                trials=len(outcomes),
+                seed=seed,
+                concepts=concepts,
+                settings=settings[trial],
+                picked=trial == picked,
+                failed=None if isinstance(outcome, SummaryRow) else outcome,
+                **figures,
+            )
+        )
+    return rows
+
+
+def tuned(spec: BenchmarkSpec, rows: Sequence[TuningRow]) -> BenchmarkSpec:
+    """The specification with the picked settings in its methods."""
+    picked = {row.method: row.settings for row in rows if row.picked}
+    methods = {
+        **spec.methods,
+        **{
+            name: spec.line(name).model_copy(update={"settings": settings})
+            for name, settings in picked.items()
+        },
+    }
+    return spec.model_copy(update={"methods": methods})

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stamina benchmark`, `--tune` and `evaluate` on a tiny pipeline: what they write and refuse."""
+
+import json
+
+import pytest
+from continual_kit import REGISTRY, comparable, write_clip, write_concepts, write_spec
+from PIL import Image
+from stamina_adapters.cli import app
+from stamina_adapters.continual.report.results import read_results
+from stamina_adapters.continual.rows import ConceptRow, LevelRow, read_rows
+from stamina_adapters.continual.spec import load_spec
+from typer.testing import CliRunner
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(outcome, *words):
+    assert outcome.exit_code == 2, outcome.output
+    assert outcome.stdout == ""
+    lines = outcome.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def tree(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    monkeypatch.setattr("stamina_adapters.cli.benchmark.default_registry", lambda: REGISTRY)
+
+
+@pytest.fixture(scope="module")
+def model(stock_pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "sd"
+    stock_pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def spec(model, tmp_path):
+    return write_spec(tmp_path, model)
+
+
+def _edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_methods_and_seeds_get_folders_of_their_own(spec, tmp_path):
+    out = tmp_path / "out"
+    outcome = run("benchmark", "--sequence", spec, "--seeds", "0,1", "--output", out)
+    assert outcome.exit_code == 0, outcome.output
+    assert "fake, seed 0, 3 concepts: accuracy" in outcome.stdout.replace("\n", " ")
+    files = sorted(str(file.relative_to(out)) for file in out.rglob("*.jsonl"))
+    runs = [f"{name}/seed-{seed}/rows.jsonl" for name in ("fake", "other") for seed in (0, 1)]
+    assert files == sorted([*runs, "levels/rows.jsonl"])
+    rows = comparable(out / "fake" / "seed-0" / "rows.jsonl")
+    kinds = [row["kind"] for row in rows]
+    assert kinds == [
+        "run",
+        "concept",
+        "picture",
+        "checkpoint",
+        "summary",
+        "concept",
+        "concept",
+        "picture",
+        "checkpoint",
+        "summary",
+        "picture",
+        "picture",
+        "pair",
+    ]
+    # pictures are of the run that the specification names
+    assert "picture" not in {row["kind"] for row in comparable(out / "fake/seed-1/rows.jsonl")}
+    concepts = [row for row in rows if row["kind"] == "concept"]
+    assert concepts[0]["trained_percent"] > 0 and concepts[0]["carried_percent"] > 0
+    # one row of the table for each word, of the same width
+    stored = [row["stored_percent"] for row in concepts]
+    assert stored == pytest.approx([stored[0] * k for k in (1, 2, 3)], rel=1e-3)
+    summary = next(row for row in rows if row["kind"] == "summary" and row["concepts"] == 3)
+    assert summary["accuracy_ceiling"] is None and summary["chance"] == pytest.approx(1 / 3, 1e-4)
+    learned = sum(row["accuracy"] for row in concepts) / 3
+    assert summary["accuracy_after_learning"] == pytest.approx(learned, abs=1e-4)
+
+    # again: nothing is done twice; another method joins; another specification is refused
+    before = tree(out)
+    assert run("benchmark", "--sequence", spec, "--seeds", "0", "--output", out).exit_code == 0
+    assert tree(out) == before
+    _edit(spec, methods={"fake": {"settings": {"rate": 0.5}}})
+    outcome = run("benchmark", "--sequence", spec, "--output", out)
+    refused(outcome, "fake/seed-0", "holds another run (settings.rate differs)")
+    _edit(spec, checkpoints=[2, 3])
+    outcome = run("benchmark", "--sequence", spec, "--output", out)
+    refused(outcome, "--output", "holds another run (spec.checkpoints differs)")
+    assert tree(out) == before
+
+
+def test_the_embedded_world_has_levels_and_a_ceiling(tmp_path, monkeypatch):
+    monkeypatch.setattr("stamina_adapters.cli.benchmark.model_path", _embedded)
+    file = tmp_path / "spec.json"
+    concepts = {"source": "embedded", "count": 2, "identities": 3, "pictures": 2}
+    file.write_text(
+        json.dumps(
+            {
+                "name": "embedded",
+                "concepts": {**concepts, "real_pictures": 2},
+                "sampling": {"num_inference_steps": 1, "guidance_scale": 1, "pictures": 2},
+                "training": {"max_train_steps": 1, "train_batch_size": 2},
+                "checkpoints": [2],
+                "pairs": 0,
+                "ceiling": {"steps": 1},
+                "methods": {"fake": {}},
+            }
+        )
+    )
+    out = tmp_path / "out"
+    outcome = run("benchmark", "--sequence", file, "--output", out)
+    assert outcome.exit_code == 0, outcome.output
+    levels = list(read_rows([out / "levels" / "rows.jsonl"], ""))
+    assert [type(row) for row in levels] == [LevelRow, LevelRow]
+    assert [row.concept for row in levels] == ["face-000", "landmark-000"]
+    for row in levels:
+        assert None not in (row.accuracy_family, row.accuracy_ceiling, row.mmd_ceiling)
+    (benchmark,) = read_results([out]).benchmarks
+    assert benchmark.summaries("fake", 2)[0].accuracy_ceiling is not None
+
+
+def _embedded():
+    from stamina_adapters.embedded import assets_dir
+
+    return assets_dir()
+
+
+def test_tuning_tries_every_setting_on_the_tuning_concepts_alone(spec, tmp_path):
+    out = tmp_path / "out"
+    outcome = run("benchmark", "--sequence", spec, "--tune", "--output", out)
+    assert outcome.exit_code == 0, outcome.output
+    results = read_results([out])
+    assert results.benchmarks == []
+    assert [(row.method, row.trial, row.trials) for row in results.tuning] == [
+        ("fake", 1, 2),
+        ("fake", 2, 2),
+        ("other", 1, 2),
+        ("other", 2, 2),
+    ]
+    assert {row.concepts for row in results.tuning} == {2}
+    tokens = {
+        row.token
+        for file in out.rglob("trial.rows")
+        for row in read_rows([file], "")
+        if isinstance(row, ConceptRow)
+    }
+    assert tokens == {"<v11>", "<v12>"}
+    chosen = load_spec(out / "tuned.json")
+    picked = {row.method: row.settings for row in results.tuning if row.picked}
+    assert {name: line.settings for name, line in chosen.methods.items()} == picked
+    refused(run("benchmark", "--sequence", spec, "--output", out), "holds another run")
+
+
+def test_a_method_that_diverges_does_not_stop_the_others(spec, tmp_path):
+    out = tmp_path / "out"
+    _edit(spec, methods={"fake": {"settings": {"fail_at": 2}}, "other": {}})
+    outcome = run("benchmark", "--sequence", spec, "--output", out)
+    assert outcome.exit_code == 2
+    assert "1 runs failed, the others are whole: fake, seed 0, concept 2: " in outcome.stderr
+    assert len(comparable(out / "fake" / "seed-0" / "rows.jsonl")) == 5
+    (benchmark,) = read_results([out]).benchmarks
+    assert benchmark.finished() == ["other"]
+    tuning = run("benchmark", "--sequence", spec, "--tune", "--output", tmp_path / "tuned")
+    assert tuning.exit_code == 0
+    trials = read_results([tmp_path / "tuned"]).tuning
+    assert [row.failed is not None for row in trials] == [True, True, False, False]
+
+
+# Each case spoils one thing of a sound call; nothing may be written or changed.
+def _empty(tmp_path, spec):
+    for file in (tmp_path / "concepts" / "data2").iterdir():
+        file.unlink()
+
+
+def _corrupt(tmp_path, spec):
+    picture = tmp_path / "concepts" / "data2" / "1.png"
+    picture.write_bytes(picture.read_bytes()[:40])
+
+
+def _edit_concept(tmp_path, index, **changes):
+    file = tmp_path / "concepts" / "concepts1.json"
+    entries = json.loads(file.read_text())
+    entries[index].update(changes)
+    file.write_text(json.dumps(entries))
+
+
+def _missing(tmp_path, spec):
+    _edit_concept(tmp_path, 0, instance_data_dir=str(tmp_path / "absent"))
+
+
+def _twice(tmp_path, spec):
+    _edit_concept(tmp_path, 1, instance_prompt="a photo of <v1>")
+
+
+def _word(tmp_path, spec):
+    _edit_concept(tmp_path, 0, instance_prompt="a photo of x", token="x")
+
+
+def _key(tmp_path, spec):
+    _edit_concept(tmp_path, 0, colour="red")
+
+
+def _families(tmp_path, spec):
+    concepts = json.loads(spec.read_text())["concepts"]
+    _edit(spec, concepts={**concepts, "families": ["face"]})
+
+
+def _clip(tmp_path, spec):
+    _edit(spec, clip=str(tmp_path / "concepts"))
+
+
+def _no_clip(tmp_path, spec):
+    (tmp_path / "clip" / "config.json").write_text('{"model_type": "bert"}')
+
+
+def _resolution(tmp_path, spec):
+    _edit(spec, methods={"fake": {"training": {"learning_rate": -1}}})
+
+
+def _used(tmp_path, spec):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept.txt").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_empty, ("instance_data_dir", "is empty")),
+        (_corrupt, ("1.png", "cannot be decoded")),
+        (_missing, ("instance_data_dir", "no such folder")),
+        (_twice, ("token '<v1>' is used twice",)),
+        (_word, ("token 'x' is already in the model's vocabulary",)),
+        (_key, ("unknown key 'colour'",)),
+        (_families, ("families has 1 words for 3 concepts",)),
+        (_clip, ("--clip", "holds no readable config.json")),
+        (_no_clip, ("--clip", "is a bert")),
+        (_resolution, ("methods.fake.training", "learning_rate")),
+        (_used, ("--output", "in use (not empty)")),
+    ],
+)
+def test_a_benchmark_is_refused_before_it_begins(spec, tmp_path, spoil, words):
+    spoil(tmp_path, spec)
+    before = tree(tmp_path)
+    refused(run("benchmark", "--sequence", spec, "--output", tmp_path / "out"), *words)
+    assert tree(tmp_path) == before
+
+
+def test_overlapping_concepts_to_tune_on_are_refused(spec, tmp_path):
+    concepts = json.loads(spec.read_text())["concepts"]
+    _edit(spec, concepts={**concepts, "tuning_list": concepts["concepts_list"]})
+    outcome = run("benchmark", "--sequence", spec, "--tune", "--output", tmp_path / "out")
+    refused(outcome, "is in tuning_list and in concepts_list")
+
+
+def test_a_disk_without_room_is_refused_and_a_full_one_is_told(spec, tmp_path, monkeypatch):
+    class Usage:
+        free = 1000
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stamina_adapters.continual.folder.shutil.disk_usage", lambda path: Usage)
+        outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
+        refused(outcome, "--output", "MiB free")
+        assert not (tmp_path / "out").exists()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    arguments = ("benchmark", "--sequence", spec, "--methods", "fake", "--output", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stamina_adapters.continual.store.RunStore.commit", full)
+        outcome = run(*arguments)
+        assert outcome.exit_code == 2
+        assert "the disk is full; free some and give the same command again" in outcome.stderr
+    assert run(*arguments).exit_code == 0
+
+
+def test_evaluate_measures_what_a_folder_has_learned(model, tmp_path):
+    concepts = write_concepts(tmp_path / "c", 2)
+    clip = write_clip(tmp_path / "clip")
+    trained = tmp_path / "trained"
+    steps = ("--max_train_steps", 1, "--train_batch_size", 1, "--rank", 2, "--mask_rank", 2)
+    where = ("--pretrained_model_name_or_path", model, "--concepts_list", concepts)
+    assert run("train", *where, "--output_dir", trained, *steps).exit_code == 0
+    arguments = (
+        "evaluate",
+        "--pretrained_model_name_or_path",
+        trained,
+        "--concepts_list",
+        concepts,
+        "--num_images_per_prompt",
+        3,
+        "--num_inference_steps",
+        1,
+    )
+    figures = tmp_path / "figures.json"
+    outcome = run(*arguments, "--clip", clip, "--output", figures)
+    assert outcome.exit_code == 0, outcome.output
+    found = json.loads(figures.read_text())
+    assert found["judged_by"] == str(clip) and found["pictures"] == 3
+    assert [row["token"] for row in found["concepts"]] == ["<v1>", "<v2>"]
+    assert found["a_mmd"] == pytest.approx(sum(r["mmd"] for r in found["concepts"]) / 2)
+    assert found["kid"] is not None and 0 <= found["accuracy"] <= 1
+    refused(run(*arguments, "--clip", clip, "--output", figures), "--output", "exists")
+    shipped = run(*arguments)
+    assert shipped.exit_code == 0 and "shipped encoder" in shipped.stdout.replace("\n", " ")
+    stock = run("evaluate", *where, "--clip", clip)
+    refused(stock, "has not learned <v1>, <v2>; give the folder")
+
+
+def test_clip_embeds_as_transformers_does(tmp_path):
+    import torch
+    from stamina_adapters.evaluation.clip import ClipEmbedder
+    from transformers import CLIPModel, CLIPVisionModelWithProjection
+
+    folder = write_clip(tmp_path / "clip")
+    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+    found = ClipEmbedder.from_folder(folder).embed(images)
+    assert found.shape == (2, 12)
+    whole = CLIPModel.from_pretrained(folder)
+    half = CLIPVisionModelWithProjection(whole.config.vision_config)
+    half.vision_model.load_state_dict(whole.vision_model.state_dict())
+    half.visual_projection.load_state_dict(whole.visual_projection.state_dict())
+    half.save_pretrained(tmp_path / "half")
+    torch.testing.assert_close(ClipEmbedder.from_folder(tmp_path / "half").embed(images), found)
+    # a picture of one colour, normalised by the checkpoints' means and deviations
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = half.eval()(pixel_values=(red - mean) / std).image_embeds
+    torch.testing.assert_close(found[:1], expected)
