@@ -165,6 +165,9 @@ def test_masks_overlap_by_counted_bits():
     full = {"a": torch.full((2, 3), -1, dtype=torch.int32)}
     assert shared(full, full) == 1
     assert mask_bits("no concept state") == {}
+    packed = torch.tensor([[3]], dtype=torch.int32)
+    found = mask_bits({"a.to_k.bits": packed, "a.to_k.A": AXES})
+    assert list(found) == ["a.to_k"] and torch.equal(found["a.to_k"], packed)
 
 
 def test_thumbnails_are_small_and_look_like_the_picture():

@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import diffusers
 import torch
@@ -43,22 +43,10 @@ from stamina_adapters.training.methods import Method
 from stamina_adapters.training.trainer import ConceptLog, ContinualTrainer, StepReport
 
 
-class ResumableMethod(Method, Protocol):
-    """A method that can go on in another process."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What must be carried to the next concept beyond the pipeline's weights and vocabulary."""
-        ...
-
-    def load_state_dict(self, pipe: Any, state: dict[str, Tensor]) -> None:
-        """Go on after the concepts that `state` and the pipeline hold."""
-        ...
-
-
 class _Observed:
     """A method that is looked at while it learns; everything else is the method's own."""
 
-    def __init__(self, method: ResumableMethod) -> None:
+    def __init__(self, method: Method) -> None:
         self._method, self.trained = method, 0
 
     def __getattr__(self, name: str) -> Any:
@@ -98,7 +86,7 @@ class CustomiseWorkload:
         self,
         plan: Plan,
         pipe: Any,
-        method: ResumableMethod,
+        method: Method,
         training: TrainingConfig,
         label: str,
         pictures: bool = False,

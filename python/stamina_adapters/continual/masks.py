@@ -12,12 +12,19 @@ from stamina_adapters.concept import ConceptState
 Bits = Mapping[str, Tensor]
 """Module path -> packed mask bits, int32 [O, ceil(I / 32)], padding zero."""
 
+_BITS = ".bits"  # ends the names of packed masks in what the eager ablations return
+
 
 def mask_bits(state: Any) -> dict[str, Tensor]:
     """The masks in what a method's `finish` returned; empty for a method without masks."""
-    if not isinstance(state, ConceptState):
-        return {}
-    return {path: adapter.bits.cpu() for path, adapter in state.layers.items()}
+    if isinstance(state, ConceptState):
+        return {path: adapter.bits.cpu() for path, adapter in state.layers.items()}
+    tensors = state if isinstance(state, Mapping) else {}
+    return {
+        name.removesuffix(_BITS): bits.cpu()
+        for name, bits in tensors.items()
+        if name.endswith(_BITS)
+    }
 
 
 def _ones(words: Tensor) -> int:

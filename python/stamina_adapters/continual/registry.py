@@ -4,13 +4,11 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from stamina_adapters.continual.spec import BenchmarkSpec
 from stamina_adapters.training.errors import InputError
-
-REGISTRY = "stamina_adapters.training.registry"
+from stamina_adapters.training.registry import METHODS, SEARCH
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ class Registry:
 
 def default_registry() -> Registry:
     """The library's own methods."""
-    module = import_module(REGISTRY)
-    return Registry(module.METHODS, module.SEARCH)
+    return Registry(METHODS, SEARCH)
 
 
 def chosen_lines(spec: BenchmarkSpec, methods: str | None, registry: Registry) -> list[str]:
