@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A benchmark killed at any moment ends with the bits and rows of an undisturbed one."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 import torch
 from continual_kit import comparable, write_spec
 from safetensors.torch import load_file
-from stamina_adapters.continual.registry import REGISTRY as LIBRARY
 
 EVENTS = (
     "step:3",  # in the middle of the first concept's second step
@@ -63,7 +61,6 @@ def test_a_killed_run_ends_like_an_undisturbed_one(model, tmp_path):
         _assert_equal(tmp_path / "runs" / event.replace(":", "-"), whole, "fake")
 
 
-@pytest.mark.skipif(importlib.util.find_spec(LIBRARY) is None, reason=f"no {LIBRARY}")
 def test_our_method_resumes_to_the_bit(model, tmp_path):
     events = ("after-rename:1", "step:15")
     _kill_everywhere(tmp_path, model, "stamina", events)
