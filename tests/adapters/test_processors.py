@@ -7,6 +7,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Sl
 from stamina_adapters import (
     StaminaAttnProcessor2_0,
     fold_stamina,
+    linear,
     set_stamina_attn_processor,
     set_stamina_mask_mode,
     unload_stamina,
@@ -66,13 +67,13 @@ def test_one_launch_for_the_projections_that_share_an_input(pipe, learn, monkeyp
     learn(pipe, target_modules=targets)
     set_stamina_attn_processor(pipe)
     sizes = []
-    original = torch.ops.stamina.masked_linear
+    original = linear.masked_linear
 
-    def counting(x, weight, *rest):
-        sizes.append(len(weight))
-        return original(x, weight, *rest)
+    def counting(x, projections, **rest):
+        sizes.append(len(projections))
+        return original(x, projections, **rest)
 
-    monkeypatch.setattr(torch.ops.stamina, "masked_linear", counting)
+    monkeypatch.setattr(linear, "masked_linear", counting)
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 40)
     pipe.unet(latents, 5, text)
     assert sizes == [2] * 4
