@@ -228,10 +228,9 @@ class _Eager(torch.autograd.Function):
 
 
 def _is_plain_eager(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing but autograd watches: no compiler, mode, transform or tensor subclass."""
+    """Whether nothing but autograd watches: no mode, transform or tensor subclass."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )

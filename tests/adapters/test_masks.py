@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from stamina_adapters import StaminaConfig
+from stamina_adapters.evaluation.cost import saved_mib
 from stamina_adapters.masks import make_mask_generator
 from torch import nn
 
@@ -95,3 +96,12 @@ def test_config_scale_and_frozen():
     assert StaminaConfig(r=8, alpha=4).scale == 0.5
     with pytest.raises(ValidationError, match="frozen"):
         StaminaConfig().r = 3
+
+
+@pytest.mark.parametrize("kind", ["embedding_mlp", "free"])
+def test_no_activation_is_kept_for_the_backward(kind):
+    module = make(kind)
+    outputs = []
+    assert saved_mib(lambda: outputs.extend(module()), list(module.parameters())) == 0
+    (outputs[0].square().sum() + outputs[1].square().sum()).backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in module.named_parameters() if name != "b")

@@ -8,7 +8,7 @@ import torch
 from oracle import make_problem, run
 from torch.library import opcheck
 
-from stamina_kernels import backends, masked_linear, sample_mask
+from stamina_kernels import backends, masked_linear, ops, sample_mask
 
 AVAILABLE = [name for name in ("reference", "cpu") if backends()[name] is None]
 
@@ -187,3 +187,14 @@ def test_step_counts_modulo_two_to_the_32():
     seed = torch.tensor(3)
     masks = [sample_mask(p, seed=seed, step=torch.tensor(t)) for t in (5, 5 + (1 << 32), 6)]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("initial", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_eager_calls_equal_the_registered_operation(monkeypatch, bias, initial):
+    problem = make_problem([9, 14], 33, (2, 3), bias=bias, initial=initial)
+    short = run(problem, "reference")
+    monkeypatch.setattr(ops, "_is_plain_eager", lambda tensors: False)
+    for got, expected in zip(short, run(problem, "reference"), strict=True):
+        pairs = zip(got, expected, strict=True) if isinstance(got, list) else [(got, expected)]
+        assert all(torch.equal(a, b) for a, b in pairs)
