@@ -182,6 +182,11 @@ class StaminaLinear(nn.Linear):
             return super().forward(x)
         return _project_group([self], x)[0]
 
+    def change(self, x: Tensor) -> Tensor:
+        """x D^T [..., O], what the adapter adds to the output; its backward adds no penalty."""
+        y: Tensor = _operator([self], x).y
+        return y - super().forward(x)
+
     def projection(self) -> MaskedProjection:
         """The layer as the operator takes it."""
         U, V, b = self.mask()

@@ -119,7 +119,8 @@ def test_eager_stamina_is_stamina(stock_pipe, pipe, generator):
 
 
 def test_disjoint_masks_share_no_weight_and_pay_no_forgetting_term(pipe):
-    method = METHODS["ablation-disjoint"](merged(SMALL, {"training": {"sparse_weight": 0.0}}))
+    training = {"sparse_weight": 0.0, "preserve_weight": 0.0}
+    method = METHODS["ablation-disjoint"](merged(SMALL, {"training": training}))
     seen = []
     penalty = method.penalty
 

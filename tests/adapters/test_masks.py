@@ -8,8 +8,9 @@ import torch
 from pydantic import ValidationError
 from stamina_adapters import StaminaConfig
 from stamina_adapters.evaluation.cost import saved_mib
-from stamina_adapters.masks import make_mask_generator
+from stamina_adapters.masks import EmbeddingMLP, make_mask_generator
 from torch import nn
+from torch.nn import functional as F
 
 GENERATORS = ("embedding_mlp", "constant_mlp", "free")
 
@@ -105,3 +106,16 @@ def test_no_activation_is_kept_for_the_backward(kind):
     assert saved_mib(lambda: outputs.extend(module()), list(module.parameters())) == 0
     (outputs[0].square().sum() + outputs[1].square().sum()).backward()
     assert all(p.grad.abs().sum() > 0 for name, p in module.named_parameters() if name != "b")
+
+
+def test_the_recomputed_backward_is_autograds():
+    mlp = EmbeddingMLP(7, 3, 0.5, torch.Generator().manual_seed(1)).double()
+    inputs = (mlp.embedding, mlp.weight1, mlp.bias1, mlp.weight2, mlp.bias2)
+    mlp.bias1.data.normal_(generator=torch.Generator().manual_seed(2))
+    upstream = torch.randn(7, 3, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    hidden = F.silu(F.linear(mlp.embedding, mlp.weight1, mlp.bias1))
+    plain = F.linear(hidden, mlp.weight2, mlp.bias2)
+    expected = torch.autograd.grad(plain, inputs, upstream)
+    assert torch.equal(mlp(), plain)
+    for found, wanted in zip(torch.autograd.grad(mlp(), inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)

@@ -55,6 +55,7 @@ _TABLE: dict[str, Ablation] = {
     ),
     "no-sparsity": _training("no density hinges", sparse_weight=0.0),
     "no-forgetting": _training("lambda = 0", forget_weight=0.0),
+    "no-preservation": _training("nu = 0", preserve_weight=0.0),
     "no-hard-phase": _training("masks are sampled to the last step", hard_fraction=0.0),
     "disjoint": _replaced("weights that an earlier concept changed are taken", reuse=False),
     "rank-4": _adapter("r = 4", r=4),

@@ -26,7 +26,8 @@ def placeholders(prompt: str) -> list[str]:
 class TrainingConfig(BaseModel):
     """How one concept is learned; the same settings serve every concept of a run.
 
-    Rates are AdamW's. `penalty` formulas are in `stamina_adapters.training.penalties`.
+    Rates are AdamW's. The formulas of the terms are in `stamina_adapters.training.penalties` and
+    `stamina_adapters.training.preservation`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +50,9 @@ class TrainingConfig(BaseModel):
         0.2, ge=0, le=1, description="last part of the steps, trained with the committed masks"
     )
     forget_weight: float = Field(1e6, ge=0, description="lambda of the forgetting penalty")
+    preserve_weight: float = Field(
+        1.0, ge=0, description="nu of the term that keeps earlier prompts' keys and values"
+    )
     sparse_weight: float = Field(1.0, ge=0, description="mu of the density hinges; 0: none")
     target_density: float = Field(0.15, gt=0, lt=1, description="density the masks come down to")
     min_density: float = Field(0.05, ge=0, lt=1, description="density they are kept above")

@@ -30,6 +30,7 @@ from stamina_adapters.linear import WEIGHT_INIT
 from stamina_adapters.models import adapted_model, find_state, layer_at
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.penalties import DensityHinge
+from stamina_adapters.training.preservation import Preservation
 
 INITIAL = "initial/"
 _CONCEPT = "concept/"
@@ -112,6 +113,7 @@ class StaminaTraining(BaseModel):
     token_learning_rate: _Rate | None = None
     hard_fraction: _Share | None = None
     forget_weight: _Weight | None = None
+    preserve_weight: _Weight | None = None
     sparse_weight: _Weight | None = None
     target_density: _Share | None = None
     min_density: _Share | None = None
@@ -164,6 +166,7 @@ class StaminaMethod:
         self._layers = {path: pipe.unet.get_submodule(path) for path in paths}
         self._total = sum(layer.weight.numel() for layer in self._layers.values())
         self._hinges = {path: DensityHinge(config, self._total) for path in paths}
+        self._preservation = Preservation(pipe, concept, self._layers, config.preserve_weight)
         self._measured: dict[str, float] = {}
         rates = {
             "factors": config.learning_rate,
@@ -202,7 +205,8 @@ class StaminaMethod:
         set_stamina_mask_mode(self._pipe, "sample" if sampling else "hard")
 
     def penalty(self) -> Tensor | None:
-        return None  # the layers feed both regularisers into their own backward
+        # the layers feed the two regularisers into their own backward
+        return self._preservation.term(lambda path, H: self._layers[path].change(H))
 
     def consolidate(self, loss: Callable[[], Tensor]) -> None:
         pass

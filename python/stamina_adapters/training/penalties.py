@@ -6,6 +6,7 @@ deltas D_l and earlier change S_l. The loss of a step is
 
     mean squared error
       + lambda / N  sum_l sum (S_l (.) D_l)^2
+      + the preservation of earlier prompts' keys and values
       + mu / 2      sum_l (n_l / N) (max(0, rho_l - rho*(t))^2 + max(0, rho_min - rho_l)^2)
 
 Why hinges. At the start A B = 0, so the task gives the mask no gradient, while a plain sparsity

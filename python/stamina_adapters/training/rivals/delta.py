@@ -92,6 +92,10 @@ class DeltaLinear(nn.Linear):
         change_class(self, nn.Linear)
         return delta
 
+    def change(self, x: Tensor) -> Tensor:
+        """x D^T."""
+        return F.linear(x, self.delta().to(x.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         return self.delta.project(x, self.weight, self.bias)

@@ -2,7 +2,7 @@
 """STAMINA's formula op by op in eager PyTorch, with one part replaced: ablations.
 
     D = s M (.) (A B)         M = [u < sigmoid(L)] while sampled, [L > 0] when committed
-    L_total = L_diff + lambda / N sum (S (.) D)^2 + density hinges
+    L_total = L_diff + lambda / N sum (S (.) D)^2 + preservation + density hinges
 
 The fused operator does not compute these parts, which exist to be compared:
 
@@ -32,6 +32,7 @@ from stamina_adapters.masks import MaskGenerator, make_mask_generator
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.methods import StaminaSettings
 from stamina_adapters.training.penalties import DensityHinge
+from stamina_adapters.training.preservation import Preservation
 from stamina_adapters.training.rivals.base import RivalMethod
 from stamina_adapters.training.rivals.delta import DeltaLinear, LowRankDelta, initial_B
 from stamina_kernels.philox import uniform
@@ -217,6 +218,8 @@ class MaskedMethod(RivalMethod):
         groups = super().attach(pipe, concept, config)
         self._total = sum(layer.weight.numel() for layer in self._layers.values())
         self._hinges = {path: DensityHinge(config, self._total) for path in self._layers}
+        layers = dict[str, nn.Module](self._layers)
+        self._preservation = Preservation(pipe, concept, layers, config.preserve_weight)
         return groups
 
     def _logits(
@@ -297,7 +300,8 @@ class MaskedMethod(RivalMethod):
                 delta.noise = uniform(seed, step, number, range(rows), range(columns))
 
     def penalty(self) -> Tensor | None:
-        terms = []
+        preserve = self._preservation.term(lambda path, H: self._layers[path].change(H))
+        terms = [] if preserve is None else [preserve]
         for path, delta in self._deltas().items():
             if self._learned and self._config.forget_weight:
                 overlap = (self._carried["change"][path] * delta()).square().sum()

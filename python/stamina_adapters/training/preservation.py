@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of earlier prompts, held in place while a new concept is learned.
+
+An adapted key or value projection changes by D, so what a prompt's state h gives changes by D h.
+Earlier concepts are words of the vocabulary: their prompts can be encoded at any time, without a
+picture of them. With h_kj the text encoder's state at position j (of p) of the k-th earlier prompt
+(the empty prompt, which guidance uses, is one of them), the term added to the loss is
+
+    nu / n  sum_l  1 / c_l  sum_k  1 / p  sum_j  || D_l h_kj ||^2
+        =  nu / n  sum_l  || H D_l^T ||_F^2 / c_l,           H^T H = 1 / p  sum_kj h_kj h_kj^T
+
+over the n adapted layers of cross-attention, c_l = mean_kj || W_l h_kj ||^2: the relative change
+of keys and values, summed over prompts. H has at most as many rows as a state has features,
+however many concepts there are, so that a step costs the same after one concept and after fifty.
+With the term at zero an earlier prompt draws the same pictures as before. D_l is the masked delta
+of this step, computed by the fused operator from the rows of H as from any other input.
+
+The forgetting term of the papers, sum (S (.) D)^2, asks which weights earlier concepts changed;
+this asks what a change does to earlier prompts. The term is this library's own. Related: the
+constraint on text features when models are merged (Kumari et al., arXiv 2212.04488, section 3.3)
+and updates kept out of the space of earlier inputs (Liang and Li, arXiv 2404.00228).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stamina_adapters.training.config import ConceptSpec
+
+_CROSS_ATTENTION = "attn2"
+_NEGLIGIBLE = 1e-10
+"""Directions with less than this share of the largest one's energy are fp32 rounding of states."""
+
+
+def earlier_prompts(pipe: Any, concept: ConceptSpec) -> list[str]:
+    """The empty prompt, and the concept's prompt with every other added word in its word's place.
+
+    Words are those that the tokenizer was given after it was made, in the order of their numbers.
+    """
+    tokenizer = pipe.tokenizer
+    special = set(tokenizer.all_special_tokens)
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda entry: entry[1])
+    words = [word for word, _ in added if word not in special and word != concept.token]
+    parts = concept.instance_prompt.split()
+    return ["", *(" ".join(w if p == concept.token else p for p in parts) for w in words)]
+
+
+@torch.no_grad()
+def encode(pipe: Any, prompts: list[str]) -> Tensor:
+    """The text encoder's states of prompts, [n, positions, features] in fp32."""
+    encoder = pipe.text_encoder
+    tokens = pipe.tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    states: Tensor = encoder(tokens.input_ids.to(encoder.device))[0]
+    return states.float()
+
+
+def factor(states: Tensor) -> Tensor:
+    """H [rank, features] with H^T H = sum over prompts, mean over positions, of h h^T."""
+    wide = states.double()
+    gram = torch.einsum("kji,kjc->ic", wide, wide) / states.shape[1]
+    energies, directions = torch.linalg.eigh(gram)
+    kept = energies > energies[-1] * _NEGLIGIBLE
+    return (directions[:, kept] * energies[kept].sqrt()).t().float().contiguous()
+
+
+class Preservation:
+    """The term of one concept. Made before it is learned: the states are encoded then."""
+
+    def __init__(
+        self, pipe: Any, concept: ConceptSpec, layers: dict[str, nn.Module], weight: float
+    ) -> None:
+        """`layers`: path -> adapted layer; those outside of cross-attention take no part."""
+        chosen = {p: layer for p, layer in layers.items() if _CROSS_ATTENTION in p.split(".")}
+        self._rows: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+        if not weight or not chosen:
+            return
+        states = encode(pipe, earlier_prompts(pipe, concept))
+        H = factor(states)
+        for path, layer in chosen.items():
+            W: Any = layer.weight
+            with torch.no_grad():
+                size = F.linear(states.to(W), W).float().square().sum(-1).mean()
+            self._rows[path] = H.to(W)
+            self._weights[path] = weight / (len(chosen) * size)
+
+    def term(self, change: Callable[[str, Tensor], Tensor]) -> Tensor | None:
+        """The term, 0-dim fp32; `change(path, H)` is H D^T of a layer. None where it has none."""
+        terms = [
+            self._weights[path] * change(path, H).float().square().sum()
+            for path, H in self._rows.items()
+        ]
+        return torch.stack(terms).sum() if terms else None

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The term that keeps earlier prompts' keys and values."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from stamina_adapters import apply_stamina, set_stamina_mask_mode
+from stamina_adapters.config import StaminaConfig
+from stamina_adapters.training.config import ConceptSpec, TrainingConfig
+from stamina_adapters.training.data import ConceptDataset
+from stamina_adapters.training.methods import StaminaMethod
+from stamina_adapters.training.preservation import Preservation, earlier_prompts, encode, factor
+from stamina_adapters.training.rivals.masked import MaskedMethod
+from stamina_adapters.training.trainer import ContinualTrainer
+
+ADAPTER = StaminaConfig(r=4, mask_rank=4)
+
+
+def _concept(number):
+    return ConceptSpec(instance_prompt=f"a photo of <v{number}>", instance_data_dir=".")
+
+
+def _dataset(seed):
+    generator = torch.Generator().manual_seed(seed)
+    arrays = torch.randint(0, 256, (3, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    return ConceptDataset([Image.fromarray(array.numpy()) for array in arrays])
+
+
+def _config(**settings):
+    return TrainingConfig(**{"max_train_steps": 6, "train_batch_size": 2, **settings})
+
+
+def _learn(pipe, method, *numbers, **settings):
+    trainer = ContinualTrainer(pipe, method, _config(**settings))
+    return [trainer.learn(_concept(n), _dataset(n))[1] for n in numbers]
+
+
+def _adapted(pipe):
+    """The layers of a live adapter that is not zero, in the mode whose masks are fixed."""
+    paths = apply_stamina(pipe, ADAPTER, adapter_name="live")
+    set_stamina_mask_mode(pipe, "hard")
+    layers = {path: pipe.unet.get_submodule(path) for path in paths}
+    generator = torch.Generator().manual_seed(5)
+    for layer in layers.values():
+        layer.A.data.normal_(generator=generator)
+    return layers
+
+
+def _dense(layer):
+    """D in fp64."""
+    U, V, b = layer.mask()
+    return ((U @ V + b > 0) * (layer.A @ layer.B)).double().detach()
+
+
+def test_prompts_are_those_of_all_added_words(pipe):
+    assert earlier_prompts(pipe, _concept(1)) == [""]
+    _learn(pipe, StaminaMethod(ADAPTER), 3, 1)
+    other = ConceptSpec(instance_prompt="a night <v2> photo", instance_data_dir=".")
+    assert earlier_prompts(pipe, other) == ["", "a night <v3> photo", "a night <v1> photo"]
+
+
+def test_the_factor_keeps_the_energy_of_every_direction():
+    states = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(1))
+    H = factor(states)
+    D = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
+    expected = torch.einsum("oi,kji->kjo", D, states).square().sum(-1).mean(1).sum()
+    # two chains of 12 fp32 products, and a rank of at most 12
+    torch.testing.assert_close((H @ D.t()).square().sum(), expected, rtol=1e-5, atol=0)
+    assert H.shape == (12, 12)
+    assert len(factor(states[:1, :3])) == 3
+
+
+def test_the_term_is_the_relative_change_of_keys_and_values(pipe):
+    _learn(pipe, StaminaMethod(ADAPTER), 1, 2, preserve_weight=0.0)
+    states = encode(pipe, ["", "a photo of <v1>", "a photo of <v2>"]).double()
+    layers = _adapted(pipe)
+    expected = torch.zeros((), dtype=torch.float64)
+    for layer in layers.values():
+        size = (states @ layer.weight.double().t()).square().sum(-1).mean()
+        drift = (states @ _dense(layer).t()).square().sum(-1).mean(1).sum()
+        expected += 3.0 / len(layers) * drift / size
+    term = Preservation(pipe, _concept(9), layers, 3.0).term(lambda path, H: layers[path].change(H))
+    # y - x W^T cancels: D is as large as W here, so a few fp32 roundings of either
+    torch.testing.assert_close(term.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_its_gradient_is_that_of_the_dense_formula(pipe):
+    layers = _adapted(pipe)
+    preservation = Preservation(pipe, _concept(9), layers, 3.0)
+    preservation.term(lambda path, H: layers[path].change(H)).backward()
+    states = encode(pipe, [""])
+    for layer in layers.values():
+        layer.forget_weight.fill_(1e6)  # the penalties of the layer have no part in it
+        layer.sparse_weight.fill_(1e6)
+        A = layer.A.detach().double().requires_grad_()
+        U, V, b = layer.mask()
+        D = (U @ V + b > 0).double() * (A @ layer.B.detach().double())
+        size = (states @ layer.weight.t()).square().sum(-1).mean().item()
+        drift = (states.double() @ D.t()).square().sum(-1).mean(1).sum()
+        (3.0 / len(layers) / size * drift).backward()
+        error = (layer.A.grad - A.grad).norm() / A.grad.norm()
+        assert error < 1e-4  # y - x W^T cancels, see above
+
+
+def test_penalties_of_the_layer_take_no_part(pipe):
+    layers = _adapted(pipe)
+    layer = next(iter(layers.values()))
+    grads = []
+    for weight in (0.0, 1e6):
+        layer.forget_weight.fill_(weight)
+        layer.sparse_weight.fill_(weight)
+        layer.zero_grad()
+        layer.change(torch.ones(2, layer.in_features)).sum().backward()
+        grads.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    for free, penalised in zip(*grads, strict=True):
+        assert torch.equal(free, penalised)
+
+
+def test_layers_outside_of_cross_attention_take_no_part(pipe):
+    config = StaminaConfig(r=4, mask_rank=4, target_modules=("attn1.to_k", "attn2.to_k"))
+    paths = apply_stamina(pipe, config, adapter_name="live")
+    layers = {path: pipe.unet.get_submodule(path) for path in paths}
+    seen = []
+    Preservation(pipe, _concept(9), layers, 1.0).term(
+        lambda path, H: seen.append(path) or layers[path].change(H)
+    )
+    assert seen == [path for path in paths if "attn2" in path]
+    assert len(seen) < len(paths)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_no_weight_is_no_term(pipe, weight):
+    layers = _adapted(pipe) if weight == 0 else {}
+    assert Preservation(pipe, _concept(9), layers, weight).term(lambda path, H: H) is None
+
+
+def test_a_large_weight_keeps_the_pictures_of_earlier_prompts(pipe, render):
+    drift = {}
+    for weight in (0.0, 1e3):
+        own = copy.deepcopy(pipe)
+        own.set_progress_bar_config(disable=True)
+        _learn(own, StaminaMethod(ADAPTER), 1, preserve_weight=0.0)
+        before = render(own, "a photo of <v1>")
+        _learn(own, StaminaMethod(ADAPTER), 2, preserve_weight=weight, learning_rate=0.02)
+        drift[weight] = (render(own, "a photo of <v1>") - before).abs().mean().item()
+    assert drift[1e3] < 0.2 * drift[0.0]
+
+
+def test_the_eager_mechanism_adds_the_same_term(pipe):
+    logs = []
+    for build in (
+        lambda: StaminaMethod(ADAPTER),
+        lambda: MaskedMethod.build({"stamina": {"adapter": {"r": 4, "mask_rank": 4}}}),
+    ):
+        own = copy.deepcopy(pipe)
+        own.set_progress_bar_config(disable=True)
+        settings = {"forget_weight": 0.0, "sparse_weight": 0.0, "preserve_weight": 5.0}
+        logs.append(_learn(own, build(), 1, **settings)[0])
+    ours, eager = ([step.penalty for step in log.steps] for log in logs)
+    assert ours == pytest.approx(eager, rel=1e-3)
+    assert ours[-1] > 0
