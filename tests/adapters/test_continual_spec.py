@@ -173,7 +173,7 @@ def test_every_method_has_as_many_trials():
 
 
 def test_the_best_trial_is_picked_and_enters_the_specification():
-    summaries = [_summary(0.5, 0.1), _summary(0.8, 0.3), _summary(0.8, 0.2)]
+    summaries = [_summary(0.8, 0.3), _summary(0.9, 0.3), _summary(0.7, 0.2)]
     assert best(summaries) == 2
     settings = [{"rate": k} for k in (1, 2, 3, 4)]
     rows = tuning_rows("fake", settings, [*summaries, "diverged"], 0, 5)

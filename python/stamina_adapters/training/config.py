@@ -36,7 +36,7 @@ class TrainingConfig(BaseModel):
     train_batch_size: int = Field(16, ge=1, description="latents in a step")
     learning_rate: float = Field(3e-3, gt=0, description="rate of the low-rank factors A and B")
     mask_learning_rate: float = Field(3e-3, gt=0, description="rate of the mask generators")
-    token_learning_rate: float = Field(1e-3, gt=0, description="rate of the token's MLP")
+    token_learning_rate: float = Field(3e-3, gt=0, description="rate of the token's MLP")
     lr_scheduler: Literal["constant", "linear"] = Field(
         "linear", description="rates stay, or fall linearly to 0 over a concept's steps"
     )

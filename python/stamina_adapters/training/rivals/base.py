@@ -41,7 +41,7 @@ class RivalSettings(BaseModel):
     target_modules: tuple[str, ...] = Field(("attn2.to_k", "attn2.to_v"), min_length=1)
     learning_rate: float = Field(1e-3, gt=0, description="rate of what changes the weights")
     token: TokenConfig = TokenConfig()
-    token_learning_rate: float = Field(1e-3, gt=0, description="rate of the token")
+    token_learning_rate: float = Field(3e-3, gt=0, description="rate of the token")
 
 
 class LowRankSettings(RivalSettings):
