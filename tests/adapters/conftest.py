@@ -81,14 +81,24 @@ def stock_pipe(tmp_path_factory) -> StableDiffusionPipeline:
 
 
 @pytest.fixture
-def pipe(stock_pipe) -> StableDiffusionPipeline:
+def pipe_of():
+    """A function from a pipeline to one of its own with the same weights."""
+
+    def copied(other) -> StableDiffusionPipeline:
+        components = {
+            k: copy.deepcopy(v) for k, v in other.components.items() if k != "image_encoder"
+        }
+        pipe = StableDiffusionPipeline(**components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return copied
+
+
+@pytest.fixture
+def pipe(stock_pipe, pipe_of) -> StableDiffusionPipeline:
     """A pipeline of its own for every test, with the same weights."""
-    components = {
-        k: copy.deepcopy(v) for k, v in stock_pipe.components.items() if k != "image_encoder"
-    }
-    pipe = StableDiffusionPipeline(**components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe_of(stock_pipe)
 
 
 @pytest.fixture
