@@ -102,7 +102,7 @@ def _grid(**choices: list[Any]) -> list[Overrides]:
 # Ranges bracket what short runs on identities that are never evaluated showed to matter. STAMINA
 # divides lambda by the number of adapted weights (180,224 there), C-LoRA does not.
 _STAMINA_SEARCH = [
-    {"training": trial} for trial in _grid(learning_rate=[5e-3, 1e-2], preserve_weight=[0.4, 1.0])
+    {"training": trial} for trial in _grid(learning_rate=[2e-2, 4e-2], preserve_weight=[1.0, 2.0])
 ]
 
 SEARCH: dict[str, list[Overrides]] = {
