@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """By how much memory grows at its highest while something runs."""
 
+import ctypes
+import gc
 from pathlib import Path
 from types import TracebackType
 
@@ -17,11 +19,19 @@ def _resident(field: str) -> int:
     raise OSError(f"{_STATUS} has no {field}")
 
 
+def _give_back_freed() -> None:
+    """Freed memory back to the system, so that using it again counts as growth (glibc only)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class PeakMemory:
     """A context manager; `mib` is the peak over where it began.
 
-    On a GPU, of allocated memory. Otherwise of the resident set, which does not see memory that
-    the process had before and uses again; None where the system does not tell.
+    On a GPU, of allocated memory. Otherwise of the resident set, with what was freed before given
+    back to the system where the C library can; None where the system does not tell.
     """
 
     def __init__(self) -> None:
@@ -36,6 +46,7 @@ class PeakMemory:
             self._start = torch.cuda.memory_allocated()
             return self
         try:
+            _give_back_freed()
             _REFERENCES.write_text("5")  # the peak becomes the present size
             self._start = _resident("VmRSS")
         except OSError:

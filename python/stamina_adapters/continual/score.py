@@ -86,6 +86,12 @@ def chosen_pairs(concepts: int, pairs: int) -> list[tuple[int, int]]:
     return [(start, start + 1) for start in starts]
 
 
+def _peak(rows: Sequence[ConceptRow]) -> float | None:
+    """The highest peak, without the first concept's: it has what libraries allocate once."""
+    known = [row.peak_mib for row in rows[1:] or rows if row.peak_mib is not None]
+    return max(known, default=None)
+
+
 def summary_row(
     concepts: Sequence[ConceptRow],
     checkpoint: CheckpointRow,
@@ -115,5 +121,5 @@ def summary_row(
         carried_percent=first[-1].carried_percent,
         density=mean_known([row.density for row in first]),
         seconds=sum(row.seconds for row in first),
-        peak_mib=max((row.peak_mib for row in first if row.peak_mib is not None), default=None),
+        peak_mib=_peak(first),
     )

@@ -33,9 +33,7 @@ def _replaced(sentence: str, **settings: Any) -> Ablation:
 
 
 _TABLE: dict[str, Ablation] = {
-    "no-mask": _replaced(
-        "M = 1: plain LoRA with the forgetting term and the MLP token", mask="none"
-    ),
+    "no-mask": _replaced("M = 1: plain LoRA with preservation and the MLP token", mask="none"),
     "soft-mask": _replaced("M = sigmoid(L), values in (0, 1), trained and folded", mask="soft"),
     "free-logits": _adapter("U and V of the logits are parameters", mask_generator="free"),
     "constant-mlp": _adapter(

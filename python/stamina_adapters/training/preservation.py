@@ -10,8 +10,8 @@ picture of them. With h_kj the text encoder's state at position j (of p) of the 
         =  nu / n  sum_l  || H D_l^T ||_F^2 / c_l,           H^T H = 1 / p  sum_kj h_kj h_kj^T
 
 over the n adapted layers of cross-attention, c_l = mean_kj || W_l h_kj ||^2: the relative change
-of keys and values, summed over prompts. H has at most as many rows as a state has features,
-however many concepts there are, so that a step costs the same after one concept and after fifty.
+of keys and values, summed over prompts. H has no more rows than a state has features, however
+many concepts there are: once it has, a step costs the same after every further concept.
 With the term at zero an earlier prompt draws the same pictures as before. D_l is the masked delta
 of this step, computed by the fused operator from the rows of H as from any other input.
 

@@ -99,21 +99,39 @@ def _grid(**choices: list[Any]) -> list[Overrides]:
     return combined
 
 
-# Ranges bracket what short runs on identities that are never evaluated showed to matter. STAMINA
-# divides lambda by the number of adapted weights (180,224 there), C-LoRA does not.
+# Ranges are of runs on identities that are never evaluated, widened until no method's pick was the
+# last one of a range. STAMINA divides lambda by the number of adapted weights, C-LoRA does not.
 _STAMINA_SEARCH = [
-    {"training": trial} for trial in _grid(learning_rate=[2e-2, 4e-2], preserve_weight=[1.0, 2.0])
+    {"training": trial}
+    for trial in _grid(learning_rate=[2e-2, 4e-2], preserve_weight=[1.0, 2.0])
+    + [{"learning_rate": 3e-2, "preserve_weight": weight} for weight in (0.5, 1.0)]
+]
+# without a mask all weights move: the same size of change takes a smaller rate
+_UNMASKED_SEARCH = [
+    {"training": trial}
+    for trial in _grid(learning_rate=[3e-3, 6e-3], preserve_weight=[1.0, 2.0])
+    + _grid(learning_rate=[1e-3, 1e-2], preserve_weight=[1.0])
 ]
 
 SEARCH: dict[str, list[Overrides]] = {
     "stamina": _STAMINA_SEARCH,
-    "textual-inversion": _grid(token_learning_rate=[1e-3, 3e-3, 1e-2, 3e-2]),
-    "lora": _grid(learning_rate=[1e-3, 3e-3], r=[4, 16]),
-    "lora-merge": _grid(learning_rate=[1e-3, 3e-3], r=[4, 16]),
-    "custom-diffusion": _grid(learning_rate=[1e-4, 3e-4, 1e-3, 3e-3]),
-    "ewc": _grid(learning_rate=[3e-4, 1e-3], fisher_weight=[1e5, 1e7]),
-    "c-lora": _grid(learning_rate=[2e-3, 5e-3], forget_weight=[1.0, 10.0]),
-    "orthogonal": _grid(learning_rate=[3e-3, 1e-2], r=[2, 4]),
-    "sd-lora": _grid(learning_rate=[1e-3, 3e-3], magnitude_learning_rate=[1e-3, 1e-2]),
+    "textual-inversion": _grid(token_learning_rate=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]),
+    "lora": _grid(learning_rate=[1e-3, 3e-3], r=[4, 16])
+    + [{"learning_rate": 1e-2, "r": 16}, {"learning_rate": 3e-3, "r": 64}],
+    "lora-merge": _grid(learning_rate=[1e-3, 3e-3], r=[4, 16])
+    + [{"learning_rate": 6e-3, "r": 4}, {"learning_rate": 3e-3, "r": 2}],
+    "custom-diffusion": _grid(learning_rate=[1e-4, 3e-4, 1e-3, 3e-3, 6e-4, 2e-3]),
+    "ewc": _grid(learning_rate=[3e-4, 1e-3], fisher_weight=[1e5, 1e7])
+    + _grid(learning_rate=[1e-3], fisher_weight=[1e2, 1e3]),
+    "c-lora": _grid(learning_rate=[2e-3, 5e-3], forget_weight=[1.0, 10.0])
+    + [
+        {"learning_rate": 5e-3, "forget_weight": 0.1},
+        {"learning_rate": 1e-2, "forget_weight": 1.0},
+    ],
+    "orthogonal": _grid(learning_rate=[3e-3, 1e-2], r=[2, 4])
+    + [{"learning_rate": 2e-2, "r": 2}, {"learning_rate": 6e-3, "r": 2}],
+    "sd-lora": _grid(learning_rate=[1e-3, 3e-3], magnitude_learning_rate=[1e-3, 1e-2])
+    + _grid(learning_rate=[5e-3, 1e-2], magnitude_learning_rate=[1e-3]),
     **dict.fromkeys(ABLATIONS, _STAMINA_SEARCH),
+    "ablation-no-mask": _UNMASKED_SEARCH,
 }
