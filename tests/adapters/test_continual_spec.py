@@ -136,13 +136,13 @@ def test_lines_and_seeds_are_chosen_by_name():
         chosen_lines(wrong, None, REGISTRY)
 
 
-def _summary(final, a_mmd):
+def _summary(final, a_mmd, f_mmd=0.1):
     return SummaryRow(
         method="fake",
         seed=0,
         concepts=5,
         a_mmd=a_mmd,
-        f_mmd=0.1,
+        f_mmd=f_mmd,
         kid=None,
         accuracy_after_learning=0.5,
         accuracy_final=final,
@@ -182,3 +182,4 @@ def test_the_best_trial_is_picked_and_enters_the_specification():
     assert (rows[3].failed, rows[3].accuracy_final, rows[2].failed) == ("diverged", None, None)
     assert tuned(_spec(), rows).methods["fake"].settings == {"rate": 3}
     assert best(["diverged", "diverged"]) is None
+    assert best([_summary(0.5, 0.2, 0.4), _summary(0.5, 0.201, 0.3), _summary(0.5, 0.3, 0.1)]) == 1
