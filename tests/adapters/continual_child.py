@@ -2,13 +2,17 @@
 """Runs a benchmark and kills itself at given moments; called by test_continual_resume.py.
 
 `continual_child.py SPEC DIR METHOD SEED EVENT...`: for every EVENT, "name:k", a run in DIR/name-k
-is killed at the k-th such event, then run again to its end; one in DIR/whole is left alone. Every
-run is a process of its own, forked before torch has computed anything.
+is killed at the k-th such event, then run again to its end; one in DIR/whole is left alone.
+"random:k" is k kills, each at a moment drawn from the time that a whole run takes: one is killed
+again and again until it is whole, then the next begins, in DIR/random-0, DIR/random-1 and so on.
+Every run is a process of its own, forked before torch has computed anything.
 """
 
 import os
+import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 from continual_kit import REGISTRY
@@ -66,7 +70,7 @@ def _watch(killer: _Killer) -> None:
     store.RunStore._append = _append
 
 
-def _run(spec: Path, output: Path, method: str, seed: str, event: str | None) -> int:
+def _start(spec: Path, output: Path, method: str, seed: str, event: str | None = None) -> int:
     child = os.fork()
     if child == 0:
         status = 1
@@ -79,17 +83,46 @@ def _run(spec: Path, output: Path, method: str, seed: str, event: str | None) ->
             status = 0
         finally:
             os._exit(status)
+    return child
+
+
+def _end(child: int) -> int:
     return os.waitpid(child, 0)[1]
 
 
+def _kill_at_random(folder: Path, kills: int, longest: float, run: tuple[Path, str, str]) -> int:
+    """Returns the status of the last run; every one before was killed or whole."""
+    spec, *names = run
+    number, left = 0, kills
+    while True:
+        child = _start(spec, folder / f"random-{number}", *names)
+        if left:
+            time.sleep(random.uniform(0, longest))
+            os.kill(child, signal.SIGKILL)
+        status = _end(child)
+        if os.WIFSIGNALED(status):
+            left -= 1
+        elif status or not left:
+            return status
+        else:
+            number += 1
+
+
 def main(spec: str, folder: str, method: str, seed: str, *events: str) -> None:
-    outcomes = [_run(Path(spec), Path(folder) / "whole", method, seed, None)]
+    run, place = (Path(spec), method, seed), Path(folder)
+    started = time.monotonic()
+    outcomes = [_end(_start(run[0], place / "whole", *run[1:]))]
+    longest = time.monotonic() - started
     for event in events:
-        output = Path(folder) / event.replace(":", "-")
-        killed = _run(Path(spec), output, method, seed, event)
+        if event.startswith("random:"):
+            kills = int(event.removeprefix("random:"))
+            outcomes.append(_kill_at_random(place, kills, longest, run))
+            continue
+        output = place / event.replace(":", "-")
+        killed = _end(_start(run[0], output, *run[1:], event))
         if not os.WIFSIGNALED(killed):
             sys.exit(f"{event} was never reached: status {killed}")
-        outcomes.append(_run(Path(spec), output, method, seed, None))
+        outcomes.append(_end(_start(run[0], output, *run[1:])))
     if any(outcomes):
         sys.exit(f"a run failed: {outcomes}")
 

@@ -67,3 +67,11 @@ def test_our_method_resumes_to_the_bit(model, tmp_path):
     for event in events:
         output = tmp_path / "runs" / event.replace(":", "-")
         _assert_equal(output, tmp_path / "runs" / "whole", "stamina")
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(model, tmp_path):
+    _kill_everywhere(tmp_path, model, "stamina", ("random:20",))
+    disturbed = sorted((tmp_path / "runs").glob("random-*"))
+    assert disturbed
+    for output in disturbed:
+        _assert_equal(output, tmp_path / "runs" / "whole", "stamina")
