@@ -129,6 +129,19 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         ConceptDataset.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("look", ["exists", "iterdir", "is_file"])
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch, look):
+    """A parent of mode 000, a folder of mode 000, one of mode 444; root would be let in."""
+    _picture(tmp_path / "a.png")
+
+    def denied(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(f"pathlib.Path.{look}", denied)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\); check its"):
+        ConceptDataset.from_folder(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a picture", "truncated", "gif"])
 def test_a_corrupt_image_is_refused_by_name(tmp_path, content):
     _picture(tmp_path / "a.png")
