@@ -218,6 +218,11 @@ def _known_word(tmp_path, file):
     return {}
 
 
+def _known_word_in_capitals(tmp_path, file):
+    _edit(file, lambda entries: entries[1].update(instance_prompt="a photo of X", token="X"))
+    return {}
+
+
 def _long_prompt(tmp_path, file):
     _edit(file, lambda entries: entries[0].update(instance_prompt="a " * 90 + "<v1>"))
     return {}
@@ -281,8 +286,9 @@ def _no_rank(tmp_path, file):
         (_empty_folder, ("instance_data_dir", "is empty; put")),
         (_corrupt_image, ("instance_data_dir", "1.png", "cannot be decoded", "replace or remove")),
         (_unknown_key, ("--concepts_list", "unknown key 'class_prompt'; remove it")),
-        (_duplicate_token, ("--concepts_list", "'<v1>' is used twice; rename one")),
-        (_known_word, ("--concepts_list", "'x' is already in the model's vocabulary; choose")),
+        (_duplicate_token, ("--concepts_list", "'<v1>' is used twice", "rename one")),
+        (_known_word, ("--concepts_list", "'x' is already in the vocabulary", "choose another")),
+        (_known_word_in_capitals, ("--concepts_list", "'X' is already in the vocabulary")),
         (_long_prompt, ("--concepts_list", "instance_prompt of '<v1>' has 93 tokens; shorten")),
         (_used_output, ("--output_dir", "in use", "choose an empty or new folder")),
         (_file_output, ("--output_dir", "is a file; choose")),

@@ -244,7 +244,7 @@ def _used(tmp_path, spec):
         (_corrupt, ("1.png", "cannot be decoded")),
         (_missing, ("instance_data_dir", "no such folder")),
         (_twice, ("token '<v1>' is used twice",)),
-        (_word, ("token 'x' is already in the model's vocabulary",)),
+        (_word, ("token 'x' is already in the vocabulary",)),
         (_key, ("unknown key 'colour'",)),
         (_families, ("families has 1 words for 3 concepts",)),
         (_clip, ("--clip", "holds no readable config.json")),

@@ -14,6 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from stamina_adapters.tokens import check_new_token
 from stamina_adapters.training.config import ConceptSpec, placeholders
 from stamina_adapters.training.errors import InputError
 
@@ -60,14 +61,12 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 def check_new_tokens(pipe: Any, concepts: Sequence[ConceptSpec], argument: str) -> None:
     """Raise `InputError` when a token is a word already, or a prompt is longer than the model's."""
-    vocabulary = pipe.tokenizer.get_vocab()
     longest = pipe.tokenizer.model_max_length
     for concept in concepts:
-        if concept.token in vocabulary or f"{concept.token}</w>" in vocabulary:
-            raise InputError(
-                f"{argument}: token {concept.token!r} is already in the model's vocabulary; "
-                "choose another"
-            )
+        try:
+            check_new_token(pipe, "text_encoder", concept.token)
+        except ValueError as error:
+            raise InputError(f"{argument}: {error}; choose another") from error
         length = len(pipe.tokenizer(concept.instance_prompt.replace(concept.token, "a")).input_ids)
         if length > longest:
             raise InputError(
