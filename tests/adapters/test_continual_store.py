@@ -97,6 +97,24 @@ def test_a_damaged_state_is_told(tmp_path):
         RunStore(tmp_path)
 
 
+def test_missing_and_damaged_rows_are_told(tmp_path):
+    RunStore(tmp_path).commit({}, {}, [_row(1)])
+    RunStore(tmp_path).commit({}, {}, [_row(2)])
+    file = tmp_path / "rows.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:5])
+    with pytest.raises(InputError, match=r"rows\.jsonl' is damaged: it holds 5 of"):
+        RunStore(tmp_path)
+    assert file.read_bytes() == whole[:5]
+    file.unlink()
+    with pytest.raises(InputError, match=r"rows\.jsonl' is damaged: it holds 0 of"):
+        RunStore(tmp_path)
+    assert not file.exists()
+    file.write_bytes(whole.replace(b"pair", b"paar"))
+    with pytest.raises(InputError, match=r"rows\.jsonl' line 1 is no result row"):
+        RunStore(tmp_path).rows(PairRow)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "a"
     write_whole(file, b"old")
