@@ -7,6 +7,7 @@ import pytest
 from continual_kit import REGISTRY, comparable, write_clip, write_concepts, write_spec
 from PIL import Image
 from stamina_adapters.cli import app
+from stamina_adapters.continual.folder import claim_folder
 from stamina_adapters.continual.report.results import read_results
 from stamina_adapters.continual.rows import ConceptRow, LevelRow, read_rows
 from stamina_adapters.continual.spec import load_spec
@@ -138,6 +139,20 @@ def _embedded():
     from stamina_adapters.embedded import assets_dir
 
     return assets_dir()
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_alone(spec, tmp_path, monkeypatch):
+    folder = tmp_path / "out" / "fake" / "seed-0"
+
+    def meanwhile(*arguments):
+        claim_folder(folder, {"settings": {"rate": 0.5}})
+        return []
+
+    monkeypatch.setattr("stamina_adapters.cli.benchmark._levels", meanwhile)
+    outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
+    assert outcome.exit_code == 2
+    assert "fake/seed-0': holds another run (format differs)" in outcome.stderr
+    assert not (folder / "rows.jsonl").exists()
 
 
 def test_tuning_tries_every_setting_on_the_tuning_concepts_alone(spec, tmp_path):

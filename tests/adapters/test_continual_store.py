@@ -178,8 +178,9 @@ def test_a_folder_belongs_to_one_specification(tmp_path):
     claim_folder(folder, identity)
     check_folder(folder, identity)
     other = {"spec": {"training": {"steps": 2}, "checkpoints": (1, 2)}}
-    with pytest.raises(InputError, match=r"another run \(spec\.training\.steps differs\)"):
-        check_folder(folder, other)
+    for refuse in (check_folder, claim_folder):
+        with pytest.raises(InputError, match=r"another run \(spec\.training\.steps differs\)"):
+            refuse(folder, other)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="in use"):
         check_folder(tmp_path, identity)

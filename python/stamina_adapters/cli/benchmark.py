@@ -148,14 +148,15 @@ def _open(
     # a run keeps the weights that it changed and what its method carries
     check_room(output, len(runs) * origin.bytes)
     judge = Judge(embedder(spec.clip), [c.real for c in material.concepts], material.others)
-    claim_folder(output, identity)
+    with Lock(output, wait=True):
+        claim_folder(output, identity)
     return _Session(spec, material, judge, output, registry, console)
 
 
 def _do(session: _Session, plan: Plan, run: _Run, on_task: Callable[[], None]) -> list[SummaryRow]:
     """One run, from where its folder is; returns its summaries."""
-    claim_folder(run.folder, run.identity(session.spec))
     with Lock(run.folder):
+        claim_folder(run.folder, run.identity(session.spec))
         store = RunStore(run.folder, run.rows)
         for _ in range(store.done):
             on_task()
