@@ -8,6 +8,7 @@ from continual_kit import REGISTRY, comparable, write_clip, write_concepts, writ
 from PIL import Image
 from stamina_adapters.cli import app
 from stamina_adapters.continual.folder import claim_folder
+from stamina_adapters.continual.registry import default_registry
 from stamina_adapters.continual.report.results import read_results
 from stamina_adapters.continual.rows import ConceptRow, LevelRow, read_rows
 from stamina_adapters.continual.spec import load_spec
@@ -272,6 +273,27 @@ def test_a_benchmark_is_refused_before_it_begins(spec, tmp_path, spoil, words):
     spoil(tmp_path, spec)
     before = tree(tmp_path)
     refused(run("benchmark", "--sequence", spec, "--output", tmp_path / "out"), *words)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("stamina", {"training": {"target_density": 0.04}}, "must be below target_density 0.04"),
+        ("ablation-no-mask", {"training": {"target_density": 0.04}}, "below target_density 0.04"),
+        ("stamina", {"adapter": {"target_modules": ["conv_in"]}}, "convolutions cannot be adapted"),
+        ("orthogonal", {"r": 41}, "r must be at most 40"),
+        ("lora", {"target_modules": ["nothing"]}, "is named or ends in 'nothing'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused_before_it_begins(
+    spec, tmp_path, monkeypatch, method, settings, words
+):
+    monkeypatch.setattr("stamina_adapters.cli.benchmark.default_registry", default_registry)
+    _edit(spec, methods={"lora": {}, "line": {"method": method, "settings": settings}})
+    before = tree(tmp_path)
+    outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
+    refused(outcome, "--sequence: methods.line: ", words)
     assert tree(tmp_path) == before
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`stamina benchmark`: methods over a long sequence, or their settings on a short one."""
 
+import copy
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from stamina_adapters.cli.embedded import model_path
@@ -35,7 +36,7 @@ from stamina_adapters.embedded import load_encoder
 from stamina_adapters.evaluation.clip import ClipEmbedder
 from stamina_adapters.evaluation.embedder import Embedder, EncoderEmbedder
 from stamina_adapters.evaluation.judge import Judge
-from stamina_adapters.training.config import TrainingConfig
+from stamina_adapters.training.config import ConceptSpec, TrainingConfig, describe
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.trainer import ContinualTrainer
 
@@ -114,11 +115,34 @@ def _for_tuning(spec: BenchmarkSpec, count: int) -> BenchmarkSpec:
     return spec.model_copy(update=changes)
 
 
-def _check_runs(spec: BenchmarkSpec, pipe: Any, runs: Sequence[_Run], registry: Registry) -> None:
+def _try(pipe: Any, method: Any, concept: ConceptSpec, training: TrainingConfig, name: str) -> None:
+    """Attach to a copy of the models. Raises `InputError` for settings that do not fit them."""
+    trial = copy.copy(pipe)
+    for part in ("unet", "text_encoder", "tokenizer"):
+        setattr(trial, part, copy.deepcopy(getattr(pipe, part)))
+    where = f"--sequence: methods.{name}"
+    try:
+        method.attach(trial, concept, training)
+    except ValidationError as error:
+        raise InputError(f"{where}: {describe(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _check_runs(
+    spec: BenchmarkSpec,
+    pipe: Any,
+    concept: ConceptSpec,
+    runs: Sequence[_Run],
+    registry: Registry,
+) -> None:
     for run in runs:
         method, training = run.make(spec, registry)
         # for its checks of resolution and of what the model predicts
         ContinualTrainer(pipe, method, training)
+        # whether settings fit a model does not depend on the seed
+        if run.seed == runs[0].seed:
+            _try(pipe, method, concept, training, run.name)
         check_folder(run.folder, run.identity(spec))
 
 
@@ -144,7 +168,7 @@ def _open(
         "inputs": {"model": origin.digest(), "pictures": material.digest()},
     }
     check_folder(output, identity)
-    _check_runs(spec, pipe, runs, registry)
+    _check_runs(spec, pipe, material.concepts[0].spec, runs, registry)
     # a run keeps the weights that it changed and what its method carries
     check_room(output, len(runs) * origin.bytes)
     judge = Judge(embedder(spec.clip), [c.real for c in material.concepts], material.others)
