@@ -2,6 +2,7 @@
 """`stamina benchmark`, `--tune` and `evaluate` on a tiny pipeline: what they write and refuse."""
 
 import json
+import sys
 
 import pytest
 from continual_kit import REGISTRY, comparable, write_clip, write_concepts, write_spec
@@ -295,6 +296,15 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_it_begins(
     outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
     refused(outcome, "--sequence: methods.line: ", words)
     assert tree(tmp_path) == before
+
+
+def test_a_missing_torchmetrics_is_told_before_anything_is_made(spec, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.kid", None)
+    out = tmp_path / "out"
+    refused(run("benchmark", "--sequence", spec, "--output", out), "KID needs torchmetrics; pip")
+    assert not out.exists()
+    where = ("--pretrained_model_name_or_path", model, "--concepts_list", spec)
+    refused(run("evaluate", *where), "KID needs torchmetrics; pip")
 
 
 def test_overlapping_concepts_to_tune_on_are_refused(spec, tmp_path):

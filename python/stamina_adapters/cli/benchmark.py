@@ -36,6 +36,7 @@ from stamina_adapters.embedded import load_encoder
 from stamina_adapters.evaluation.clip import ClipEmbedder
 from stamina_adapters.evaluation.embedder import Embedder, EncoderEmbedder
 from stamina_adapters.evaluation.judge import Judge
+from stamina_adapters.evaluation.kid import metric_class
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig, describe
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.trainer import ContinualTrainer
@@ -156,6 +157,7 @@ def _open(
     console: Console,
 ) -> _Session:
     """Check everything, then claim the output folder."""
+    metric_class()
     spec.check_count(len(material.concepts), "--sequence")
     pipe = load_pipeline(spec.model or model_path())
     check_new_tokens(pipe, [c.spec for c in material.concepts], "--concepts_list")

@@ -17,7 +17,7 @@ from stamina_adapters.continual.score import mean
 from stamina_adapters.continual.spec import SamplingSpec
 from stamina_adapters.continual.studio import Studio
 from stamina_adapters.evaluation.judge import Judge
-from stamina_adapters.evaluation.kid import kid
+from stamina_adapters.evaluation.kid import kid, metric_class
 from stamina_adapters.evaluation.metrics import polynomial_mmd
 from stamina_adapters.training.config import load_concepts_list
 from stamina_adapters.training.errors import InputError
@@ -78,6 +78,7 @@ def evaluate(
     console: Console,
 ) -> Figures:
     """Check everything, then draw and judge; see `stamina evaluate --help`."""
+    metric_class()
     _check_output(output)
     concepts = load_concepts_list(concepts_list)
     datasets = read_datasets(concepts)
