@@ -2,9 +2,7 @@
 """`stamina benchmark`: methods over a long sequence, or their settings on a short one."""
 
 import copy
-import errno
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from rich.console import Console
 
 from stamina_adapters.cli.embedded import model_path
 from stamina_adapters.cli.progress import RunProgress
-from stamina_adapters.cli.workspace import check_new_tokens, load_pipeline
+from stamina_adapters.cli.workspace import check_new_tokens, full_disk_is_told, load_pipeline
 from stamina_adapters.continual.customise import CustomiseWorkload, Plan
 from stamina_adapters.continual.folder import check_folder, check_room, claim_folder
 from stamina_adapters.continual.levels import find_levels
@@ -95,19 +93,6 @@ class _Session:
 def embedder(clip: Path | None) -> Embedder:
     """CLIP from a folder, or the shipped encoder."""
     return EncoderEmbedder(load_encoder()) if clip is None else ClipEmbedder.from_folder(clip)
-
-
-@contextmanager
-def _full_disk_is_told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"--output {str(folder)!r}: the disk is full; free some and give the same command "
-            "again, finished concepts are kept"
-        ) from error
 
 
 def _for_tuning(spec: BenchmarkSpec, count: int) -> BenchmarkSpec:
@@ -245,7 +230,7 @@ def benchmark(
     material = load_material(spec)
     session = _open(spec, material, runs, output, "evaluation", registry, console)
     failures = []
-    with _full_disk_is_told(output), RunProgress(console, keep=False) as progress:
+    with full_disk_is_told(output, "--output"), RunProgress(console, keep=False) as progress:
         plan = session.plan(progress, _levels(session, progress))
         count = progress.counting("concepts, all runs", len(material.concepts) * len(runs))
         for run in runs:
@@ -284,7 +269,7 @@ def tune(
     everything = [run for tried in runs.values() for run in tried]
     short = _for_tuning(spec, concepts)
     session = _open(short, material, everything, output, "tuning", registry, console)
-    with _full_disk_is_told(output), RunProgress(console, keep=False) as progress:
+    with full_disk_is_told(output, "--output"), RunProgress(console, keep=False) as progress:
         plan = session.plan(progress)
         count = progress.counting("concepts, all trials", concepts * len(everything))
         for name, tried in runs.items():

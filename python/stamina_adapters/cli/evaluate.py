@@ -12,9 +12,10 @@ from rich.table import Table
 from stamina_adapters.cli.benchmark import embedder
 from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.train import read_datasets
-from stamina_adapters.cli.workspace import MODEL, load_pipeline, write_text
+from stamina_adapters.cli.workspace import MODEL, load_pipeline
 from stamina_adapters.continual.score import mean
 from stamina_adapters.continual.spec import SamplingSpec
+from stamina_adapters.continual.store import write_whole
 from stamina_adapters.continual.studio import Studio
 from stamina_adapters.evaluation.judge import Judge
 from stamina_adapters.evaluation.kid import kid, metric_class
@@ -105,7 +106,7 @@ def evaluate(
     ]
     figures = _figures(rows, judge, embedded, model, clip, sampling)
     if output is not None:
-        write_text(output, figures.model_dump_json(indent=1) + "\n")
+        write_whole(output, (figures.model_dump_json(indent=1) + "\n").encode())
     console.print(_table(figures))
     return figures
 
