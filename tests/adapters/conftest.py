@@ -80,6 +80,14 @@ def stock_pipe(tmp_path_factory) -> StableDiffusionPipeline:
     return _build(tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.fixture(scope="session")
+def model(stock_pipe, tmp_path_factory):
+    """The folder of the untouched pipeline: never write there."""
+    folder = tmp_path_factory.mktemp("model") / "sd"
+    stock_pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def pipe_of():
     """A function from a pipeline to one of its own with the same weights."""

@@ -6,43 +6,13 @@ import re
 
 import pytest
 import torch
+from cli_kit import refused, run, tree
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from stamina_adapters.cli import app
-from typer.testing import CliRunner
 
 STEPS = ["--max_train_steps", "3", "--train_batch_size", "2", "--rank", "2", "--mask_rank", "2"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(outcome, *words):
-    """The outcome is one line on stderr that holds all words, and a status other than 0."""
-    assert outcome.exit_code == 2, outcome.output
-    assert outcome.stdout == ""
-    lines = outcome.stderr.strip().splitlines()
-    assert len(lines) == 1, outcome.stderr
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0]
-
-
-def tree(folder):
-    """Every path below a folder with its bytes."""
-    return {
-        path.relative_to(folder): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
-@pytest.fixture(scope="session")
-def model(stock_pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "sd"
-    stock_pipe.save_pretrained(folder)
-    return folder
 
 
 def _pictures(folder, count=2):
@@ -218,6 +188,11 @@ def _known_word(tmp_path, file):
     return {}
 
 
+def _known_word_in_capitals(tmp_path, file):
+    _edit(file, lambda entries: entries[1].update(instance_prompt="a photo of X", token="X"))
+    return {}
+
+
 def _long_prompt(tmp_path, file):
     _edit(file, lambda entries: entries[0].update(instance_prompt="a " * 90 + "<v1>"))
     return {}
@@ -281,8 +256,9 @@ def _no_rank(tmp_path, file):
         (_empty_folder, ("instance_data_dir", "is empty; put")),
         (_corrupt_image, ("instance_data_dir", "1.png", "cannot be decoded", "replace or remove")),
         (_unknown_key, ("--concepts_list", "unknown key 'class_prompt'; remove it")),
-        (_duplicate_token, ("--concepts_list", "'<v1>' is used twice; rename one")),
-        (_known_word, ("--concepts_list", "'x' is already in the model's vocabulary; choose")),
+        (_duplicate_token, ("--concepts_list", "'<v1>' is used twice", "rename one")),
+        (_known_word, ("--concepts_list", "'x' is already in the vocabulary", "choose another")),
+        (_known_word_in_capitals, ("--concepts_list", "'X' is already in the vocabulary")),
         (_long_prompt, ("--concepts_list", "instance_prompt of '<v1>' has 93 tokens; shorten")),
         (_used_output, ("--output_dir", "in use", "choose an empty or new folder")),
         (_file_output, ("--output_dir", "is a file; choose")),
@@ -302,6 +278,35 @@ def test_train_refuses_in_one_line_and_writes_nothing(model, concepts, tmp_path,
     outcome = train(given["model"], given["concepts"], tmp_path / "out", *given["more"])
     refused(outcome, *words)
     assert tree(tmp_path) == before
+
+
+def test_train_tells_of_a_disk_without_room_and_of_a_full_one(model, concepts, tmp_path):
+    class Usage:
+        free = 1000
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stamina_adapters.continual.folder.shutil.disk_usage", lambda path: Usage)
+        refused(train(model, concepts, tmp_path / "out"), "--output_dir", "MiB free")
+    assert not (tmp_path / "out").exists()
+
+    def full_for_tensors(*arguments, **named):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def full_for_files(*arguments):
+        raise OSError(28, "No space left on device")
+
+    for place, full in (
+        ("diffusers.StableDiffusionPipeline.save_pretrained", full_for_tensors),
+        ("os.fsync", full_for_files),
+    ):
+        out = tmp_path / place
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, full)
+            outcome = train(model, concepts, out)
+        assert outcome.exit_code == 2, outcome.output
+        assert f"error: --output_dir {str(out)!r}: the disk is full; free some" in outcome.stderr
+        assert (out / "concepts" / "v1.safetensors").is_file()
+        assert not (out / "model_index.json").exists()
 
 
 def test_a_model_of_ones_own_needs_concepts(model, tmp_path):

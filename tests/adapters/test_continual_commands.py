@@ -1,48 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`stamina benchmark`, `--tune` and `evaluate` on a tiny pipeline: what they write and refuse."""
+"""`stamina benchmark` and its `--tune` on a tiny pipeline: what they write and refuse."""
 
 import json
+import sys
 
 import pytest
-from continual_kit import REGISTRY, comparable, write_clip, write_concepts, write_spec
-from PIL import Image
-from stamina_adapters.cli import app
+from cli_kit import refused, run, tree
+from continual_kit import REGISTRY, comparable, write_spec
+from stamina_adapters.continual.folder import claim_folder
+from stamina_adapters.continual.registry import default_registry
 from stamina_adapters.continual.report.results import read_results
 from stamina_adapters.continual.rows import ConceptRow, LevelRow, read_rows
 from stamina_adapters.continual.spec import load_spec
-from typer.testing import CliRunner
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(outcome, *words):
-    assert outcome.exit_code == 2, outcome.output
-    assert outcome.stdout == ""
-    lines = outcome.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), outcome.stderr
-    for word in words:
-        assert word in lines[0]
-
-
-def tree(folder):
-    return {
-        path.relative_to(folder): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     monkeypatch.setattr("stamina_adapters.cli.benchmark.default_registry", lambda: REGISTRY)
-
-
-@pytest.fixture(scope="module")
-def model(stock_pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "sd"
-    stock_pipe.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -138,6 +112,20 @@ def _embedded():
     from stamina_adapters.embedded import assets_dir
 
     return assets_dir()
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_alone(spec, tmp_path, monkeypatch):
+    folder = tmp_path / "out" / "fake" / "seed-0"
+
+    def meanwhile(*arguments):
+        claim_folder(folder, {"settings": {"rate": 0.5}})
+        return []
+
+    monkeypatch.setattr("stamina_adapters.cli.benchmark._levels", meanwhile)
+    outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
+    assert outcome.exit_code == 2
+    assert "fake/seed-0': holds another run (format differs)" in outcome.stderr
+    assert not (folder / "rows.jsonl").exists()
 
 
 def test_tuning_tries_every_setting_on_the_tuning_concepts_alone(spec, tmp_path):
@@ -244,7 +232,7 @@ def _used(tmp_path, spec):
         (_corrupt, ("1.png", "cannot be decoded")),
         (_missing, ("instance_data_dir", "no such folder")),
         (_twice, ("token '<v1>' is used twice",)),
-        (_word, ("token 'x' is already in the model's vocabulary",)),
+        (_word, ("token 'x' is already in the vocabulary",)),
         (_key, ("unknown key 'colour'",)),
         (_families, ("families has 1 words for 3 concepts",)),
         (_clip, ("--clip", "holds no readable config.json")),
@@ -258,6 +246,36 @@ def test_a_benchmark_is_refused_before_it_begins(spec, tmp_path, spoil, words):
     before = tree(tmp_path)
     refused(run("benchmark", "--sequence", spec, "--output", tmp_path / "out"), *words)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("stamina", {"training": {"target_density": 0.04}}, "must be below target_density 0.04"),
+        ("ablation-no-mask", {"training": {"target_density": 0.04}}, "below target_density 0.04"),
+        ("stamina", {"adapter": {"target_modules": ["conv_in"]}}, "convolutions cannot be adapted"),
+        ("orthogonal", {"r": 41}, "r must be at most 40"),
+        ("lora", {"target_modules": ["nothing"]}, "is named or ends in 'nothing'"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused_before_it_begins(
+    spec, tmp_path, monkeypatch, method, settings, words
+):
+    monkeypatch.setattr("stamina_adapters.cli.benchmark.default_registry", default_registry)
+    _edit(spec, methods={"lora": {}, "line": {"method": method, "settings": settings}})
+    before = tree(tmp_path)
+    outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
+    refused(outcome, "--sequence: methods.line: ", words)
+    assert tree(tmp_path) == before
+
+
+def test_a_missing_torchmetrics_is_told_before_anything_is_made(spec, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.kid", None)
+    out = tmp_path / "out"
+    refused(run("benchmark", "--sequence", spec, "--output", out), "KID needs torchmetrics; pip")
+    assert not out.exists()
+    where = ("--pretrained_model_name_or_path", model, "--concepts_list", spec)
+    refused(run("evaluate", *where), "KID needs torchmetrics; pip")
 
 
 def test_overlapping_concepts_to_tune_on_are_refused(spec, tmp_path):
@@ -285,62 +303,6 @@ def test_a_disk_without_room_is_refused_and_a_full_one_is_told(spec, tmp_path, m
         patch.setattr("stamina_adapters.continual.store.RunStore.commit", full)
         outcome = run(*arguments)
         assert outcome.exit_code == 2
-        assert "the disk is full; free some and give the same command again" in outcome.stderr
+        assert "--output" in outcome.stderr
+        assert "the disk is full; free some or choose another folder" in outcome.stderr
     assert run(*arguments).exit_code == 0
-
-
-def test_evaluate_measures_what_a_folder_has_learned(model, tmp_path):
-    concepts = write_concepts(tmp_path / "c", 2)
-    clip = write_clip(tmp_path / "clip")
-    trained = tmp_path / "trained"
-    steps = ("--max_train_steps", 1, "--train_batch_size", 1, "--rank", 2, "--mask_rank", 2)
-    where = ("--pretrained_model_name_or_path", model, "--concepts_list", concepts)
-    assert run("train", *where, "--output_dir", trained, *steps).exit_code == 0
-    arguments = (
-        "evaluate",
-        "--pretrained_model_name_or_path",
-        trained,
-        "--concepts_list",
-        concepts,
-        "--num_images_per_prompt",
-        3,
-        "--num_inference_steps",
-        1,
-    )
-    figures = tmp_path / "figures.json"
-    outcome = run(*arguments, "--clip", clip, "--output", figures)
-    assert outcome.exit_code == 0, outcome.output
-    found = json.loads(figures.read_text())
-    assert found["judged_by"] == str(clip) and found["pictures"] == 3
-    assert [row["token"] for row in found["concepts"]] == ["<v1>", "<v2>"]
-    assert found["a_mmd"] == pytest.approx(sum(r["mmd"] for r in found["concepts"]) / 2)
-    assert found["kid"] is not None and 0 <= found["accuracy"] <= 1
-    refused(run(*arguments, "--clip", clip, "--output", figures), "--output", "exists")
-    shipped = run(*arguments)
-    assert shipped.exit_code == 0 and "shipped encoder" in shipped.stdout.replace("\n", " ")
-    stock = run("evaluate", *where, "--clip", clip)
-    refused(stock, "has not learned <v1>, <v2>; give the folder")
-
-
-def test_clip_embeds_as_transformers_does(tmp_path):
-    import torch
-    from stamina_adapters.evaluation.clip import ClipEmbedder
-    from transformers import CLIPModel, CLIPVisionModelWithProjection
-
-    folder = write_clip(tmp_path / "clip")
-    images = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
-    found = ClipEmbedder.from_folder(folder).embed(images)
-    assert found.shape == (2, 12)
-    whole = CLIPModel.from_pretrained(folder)
-    half = CLIPVisionModelWithProjection(whole.config.vision_config)
-    half.vision_model.load_state_dict(whole.vision_model.state_dict())
-    half.visual_projection.load_state_dict(whole.visual_projection.state_dict())
-    half.save_pretrained(tmp_path / "half")
-    torch.testing.assert_close(ClipEmbedder.from_folder(tmp_path / "half").embed(images), found)
-    # a picture of one colour, normalised by the checkpoints' means and deviations
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
-    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
-    with torch.no_grad():
-        expected = half.eval()(pixel_values=(red - mean) / std).image_embeds
-    torch.testing.assert_close(found[:1], expected)

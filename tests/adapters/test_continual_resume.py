@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from continual_kit import comparable, write_spec
 from safetensors.torch import load_file
@@ -40,13 +39,6 @@ def _assert_equal(one, other, method):
     assert states[0].keys() == states[1].keys()
     for key, tensor in states[0].items():
         assert torch.equal(tensor, states[1][key]), key
-
-
-@pytest.fixture(scope="module")
-def model(stock_pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "sd"
-    stock_pipe.save_pretrained(folder)
-    return folder
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(model, tmp_path):

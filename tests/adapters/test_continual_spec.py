@@ -75,6 +75,7 @@ def test_real_pictures_are_not_those_learned_from():
         ({"checkpoints": [5, 1]}, "must be ascending task numbers"),
         ({"checkpoints": [0, 1]}, "must be ascending task numbers"),
         ({"prompts": {"concept": "a photo"}}, "must hold {token}"),
+        ({"prompts": {"concept": "a photo of {token}."}}, "must hold {token} between spaces"),
         ({"prompts": {"pair": "{first} {second} {third}"}}, "holds a field it must not"),
         ({"training": {"max_train_steps": 0}}, "training.max_train_steps"),
         ({"methods": {"fake": {"rate": 1}}}, "unknown key 'methods.fake.rate'"),

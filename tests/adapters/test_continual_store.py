@@ -97,6 +97,24 @@ def test_a_damaged_state_is_told(tmp_path):
         RunStore(tmp_path)
 
 
+def test_missing_and_damaged_rows_are_told(tmp_path):
+    RunStore(tmp_path).commit({}, {}, [_row(1)])
+    RunStore(tmp_path).commit({}, {}, [_row(2)])
+    file = tmp_path / "rows.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:5])
+    with pytest.raises(InputError, match=r"rows\.jsonl' is damaged: it holds 5 of"):
+        RunStore(tmp_path)
+    assert file.read_bytes() == whole[:5]
+    file.unlink()
+    with pytest.raises(InputError, match=r"rows\.jsonl' is damaged: it holds 0 of"):
+        RunStore(tmp_path)
+    assert not file.exists()
+    file.write_bytes(whole.replace(b"pair", b"paar"))
+    with pytest.raises(InputError, match=r"rows\.jsonl' line 1 is no result row"):
+        RunStore(tmp_path).rows(PairRow)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "a"
     write_whole(file, b"old")
@@ -160,8 +178,9 @@ def test_a_folder_belongs_to_one_specification(tmp_path):
     claim_folder(folder, identity)
     check_folder(folder, identity)
     other = {"spec": {"training": {"steps": 2}, "checkpoints": (1, 2)}}
-    with pytest.raises(InputError, match=r"another run \(spec\.training\.steps differs\)"):
-        check_folder(folder, other)
+    for refuse in (check_folder, claim_folder):
+        with pytest.raises(InputError, match=r"another run \(spec\.training\.steps differs\)"):
+            refuse(folder, other)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="in use"):
         check_folder(tmp_path, identity)

@@ -40,7 +40,9 @@ def test_a_concept_list_in_the_custom_diffusion_spelling(tmp_path):
         ([_entry(instance_prompt="<a> and <b>")], "holds 2 words like <v1>"),
         ([_entry(instance_prompt=" ")], "words like <v1>"),
         ([_entry(token="<v9>")], "token '<v9>' is not a word of instance_prompt"),
+        ([_entry(instance_prompt="a <>", token="<>")], "token '<>' is nothing but brackets"),
         ([_entry(), _entry()], "entry 1: token '<v1>' is used twice"),
+        ([_entry(), _entry(instance_prompt="<V1>")], "entry 1: token '<V1>' is used twice"),
         (
             [_entry(), _entry(instance_prompt="a photo of v1", token="v1")],
             "entry 1: name 'v1' is used twice",
@@ -126,6 +128,19 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
         ConceptDataset.from_folder(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match=r"'notes.txt' is not a PNG or JPEG file"):
+        ConceptDataset.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("look", ["exists", "iterdir", "is_file"])
+def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch, look):
+    """A parent of mode 000, a folder of mode 000, one of mode 444; root would be let in."""
+    _picture(tmp_path / "a.png")
+
+    def denied(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(f"pathlib.Path.{look}", denied)
+    with pytest.raises(InputError, match=r"cannot be read \(Permission denied\); check its"):
         ConceptDataset.from_folder(tmp_path)
 
 

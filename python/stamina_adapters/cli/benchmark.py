@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """`stamina benchmark`: methods over a long sequence, or their settings on a short one."""
 
-import errno
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from stamina_adapters.cli.embedded import model_path
 from stamina_adapters.cli.progress import RunProgress
-from stamina_adapters.cli.workspace import check_new_tokens, load_pipeline
+from stamina_adapters.cli.workspace import check_new_tokens, full_disk_is_told, load_pipeline
 from stamina_adapters.continual.customise import CustomiseWorkload, Plan
 from stamina_adapters.continual.folder import check_folder, check_room, claim_folder
 from stamina_adapters.continual.levels import find_levels
@@ -35,7 +34,8 @@ from stamina_adapters.embedded import load_encoder
 from stamina_adapters.evaluation.clip import ClipEmbedder
 from stamina_adapters.evaluation.embedder import Embedder, EncoderEmbedder
 from stamina_adapters.evaluation.judge import Judge
-from stamina_adapters.training.config import TrainingConfig
+from stamina_adapters.evaluation.kid import metric_class
+from stamina_adapters.training.config import ConceptSpec, TrainingConfig, describe
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.trainer import ContinualTrainer
 
@@ -95,30 +95,40 @@ def embedder(clip: Path | None) -> Embedder:
     return EncoderEmbedder(load_encoder()) if clip is None else ClipEmbedder.from_folder(clip)
 
 
-@contextmanager
-def _full_disk_is_told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"--output {str(folder)!r}: the disk is full; free some and give the same command "
-            "again, finished concepts are kept"
-        ) from error
-
-
 def _for_tuning(spec: BenchmarkSpec, count: int) -> BenchmarkSpec:
     """The specification with the tuning concepts in the place of the evaluated ones."""
     changes = {"checkpoints": (count,), "pairs": 0, "shown": (), "ceiling": None}
     return spec.model_copy(update=changes)
 
 
-def _check_runs(spec: BenchmarkSpec, pipe: Any, runs: Sequence[_Run], registry: Registry) -> None:
+def _try(pipe: Any, method: Any, concept: ConceptSpec, training: TrainingConfig, name: str) -> None:
+    """Attach to a copy of the models. Raises `InputError` for settings that do not fit them."""
+    trial = copy.copy(pipe)
+    for part in ("unet", "text_encoder", "tokenizer"):
+        setattr(trial, part, copy.deepcopy(getattr(pipe, part)))
+    where = f"--sequence: methods.{name}"
+    try:
+        method.attach(trial, concept, training)
+    except ValidationError as error:
+        raise InputError(f"{where}: {describe(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _check_runs(
+    spec: BenchmarkSpec,
+    pipe: Any,
+    concept: ConceptSpec,
+    runs: Sequence[_Run],
+    registry: Registry,
+) -> None:
     for run in runs:
         method, training = run.make(spec, registry)
         # for its checks of resolution and of what the model predicts
         ContinualTrainer(pipe, method, training)
+        # whether settings fit a model does not depend on the seed
+        if run.seed == runs[0].seed:
+            _try(pipe, method, concept, training, run.name)
         check_folder(run.folder, run.identity(spec))
 
 
@@ -132,6 +142,7 @@ def _open(
     console: Console,
 ) -> _Session:
     """Check everything, then claim the output folder."""
+    metric_class()
     spec.check_count(len(material.concepts), "--sequence")
     pipe = load_pipeline(spec.model or model_path())
     check_new_tokens(pipe, [c.spec for c in material.concepts], "--concepts_list")
@@ -144,18 +155,19 @@ def _open(
         "inputs": {"model": origin.digest(), "pictures": material.digest()},
     }
     check_folder(output, identity)
-    _check_runs(spec, pipe, runs, registry)
+    _check_runs(spec, pipe, material.concepts[0].spec, runs, registry)
     # a run keeps the weights that it changed and what its method carries
     check_room(output, len(runs) * origin.bytes)
     judge = Judge(embedder(spec.clip), [c.real for c in material.concepts], material.others)
-    claim_folder(output, identity)
+    with Lock(output, wait=True):
+        claim_folder(output, identity)
     return _Session(spec, material, judge, output, registry, console)
 
 
 def _do(session: _Session, plan: Plan, run: _Run, on_task: Callable[[], None]) -> list[SummaryRow]:
     """One run, from where its folder is; returns its summaries."""
-    claim_folder(run.folder, run.identity(session.spec))
     with Lock(run.folder):
+        claim_folder(run.folder, run.identity(session.spec))
         store = RunStore(run.folder, run.rows)
         for _ in range(store.done):
             on_task()
@@ -218,7 +230,7 @@ def benchmark(
     material = load_material(spec)
     session = _open(spec, material, runs, output, "evaluation", registry, console)
     failures = []
-    with _full_disk_is_told(output), RunProgress(console, keep=False) as progress:
+    with full_disk_is_told(output, "--output"), RunProgress(console, keep=False) as progress:
         plan = session.plan(progress, _levels(session, progress))
         count = progress.counting("concepts, all runs", len(material.concepts) * len(runs))
         for run in runs:
@@ -257,7 +269,7 @@ def tune(
     everything = [run for tried in runs.values() for run in tried]
     short = _for_tuning(spec, concepts)
     session = _open(short, material, everything, output, "tuning", registry, console)
-    with _full_disk_is_told(output), RunProgress(console, keep=False) as progress:
+    with full_disk_is_told(output, "--output"), RunProgress(console, keep=False) as progress:
         plan = session.plan(progress)
         count = progress.counting("concepts, all trials", concepts * len(everything))
         for name, tried in runs.items():

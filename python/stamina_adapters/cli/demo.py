@@ -29,9 +29,9 @@ from stamina_adapters.cli.workspace import (
     check_output_dir,
     load_pipeline,
     save_pipeline,
-    write_text,
 )
 from stamina_adapters.config import StaminaConfig
+from stamina_adapters.continual.store import write_whole
 from stamina_adapters.embedded import Identity, heldout_identities, load_encoder
 from stamina_adapters.embedded.ceiling import train_ceiling
 from stamina_adapters.embedded.pictures import REAL_PICTURES_SEED, pictures
@@ -291,8 +291,8 @@ def demo(
     )
     grid = gallery.grid(concepts, identities)
     grid.save(output / "grid.png")
-    write_text(output / "report.json", report.model_dump_json(indent=1) + "\n")
-    write_text(output / "report.html", page(report, grid, logs))
+    write_whole(output / "report.json", (report.model_dump_json(indent=1) + "\n").encode())
+    write_whole(output / "report.html", page(report, grid, logs).encode())
     console.print(_table(report))
     for expectation, met in report.expectations().items():
         console.print(f"[green]yes[/]  {expectation}" if met else f"[red]no[/]   {expectation}")

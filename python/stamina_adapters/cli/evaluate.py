@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`stamina evaluate`: the metrics for a folder that exists."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from rich.table import Table
 from stamina_adapters.cli.benchmark import embedder
 from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.train import read_datasets
-from stamina_adapters.cli.workspace import MODEL, load_pipeline, write_text
+from stamina_adapters.cli.workspace import MODEL, full_disk_is_told, load_pipeline
 from stamina_adapters.continual.score import mean
 from stamina_adapters.continual.spec import SamplingSpec
+from stamina_adapters.continual.store import write_whole
 from stamina_adapters.continual.studio import Studio
 from stamina_adapters.evaluation.judge import Judge
-from stamina_adapters.evaluation.kid import kid
+from stamina_adapters.evaluation.kid import kid, metric_class
 from stamina_adapters.evaluation.metrics import polynomial_mmd
 from stamina_adapters.training.config import load_concepts_list
 from stamina_adapters.training.errors import InputError
@@ -53,10 +55,16 @@ class Figures(BaseModel):
 def _check_output(file: Path | None) -> None:
     if file is None:
         return
-    if file.exists():
-        raise InputError(f"--output {str(file)!r}: exists; choose another file")
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"--output {str(file)!r}: its folder does not exist; make it")
+    where, folder = f"--output {str(file)!r}", file.absolute().parent
+    try:
+        if file.exists():
+            raise InputError(f"{where}: exists; choose another file")
+        if not folder.is_dir():
+            raise InputError(f"{where}: its folder does not exist; make it")
+    except PermissionError as error:
+        raise InputError(f"{where}: its folder cannot be read; choose another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{where}: its folder is not writable; choose another")
 
 
 def _check_known(pipe: Any, tokens: list[str], model: Path) -> None:
@@ -78,6 +86,7 @@ def evaluate(
     console: Console,
 ) -> Figures:
     """Check everything, then draw and judge; see `stamina evaluate --help`."""
+    metric_class()
     _check_output(output)
     concepts = load_concepts_list(concepts_list)
     datasets = read_datasets(concepts)
@@ -103,9 +112,10 @@ def evaluate(
         for k, concept in enumerate(concepts)
     ]
     figures = _figures(rows, judge, embedded, model, clip, sampling)
-    if output is not None:
-        write_text(output, figures.model_dump_json(indent=1) + "\n")
     console.print(_table(figures))
+    if output is not None:
+        with full_disk_is_told(output, "--output"):
+            write_whole(output, (figures.model_dump_json(indent=1) + "\n").encode())
     return figures
 
 

@@ -13,11 +13,14 @@ from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.workspace import (
     check_new_tokens,
     check_output_dir,
+    full_disk_is_told,
     load_pipeline,
     save_pipeline,
-    write_text,
 )
 from stamina_adapters.config import StaminaConfig
+from stamina_adapters.continual.folder import check_room
+from stamina_adapters.continual.snapshot import pipeline_bytes
+from stamina_adapters.continual.store import write_whole
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig, load_concepts_list
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.errors import InputError
@@ -47,7 +50,7 @@ def learn_all(
         state, log = trainer.learn(concept, dataset, on_step)
         trainer.method.save(state, files / f"{concept.name}.safetensors")
         logs.append(log)
-        write_text(folder / "training.json", _record(trainer, logs))
+        write_whole(folder / "training.json", _record(trainer, logs).encode())
         if on_learned is not None:
             on_learned(index)
     return logs
@@ -109,13 +112,16 @@ def train(
     pipe = load_pipeline(model or model_path())
     check_new_tokens(pipe, concepts, "--concepts_list")
     trainer = ContinualTrainer(pipe, StaminaMethod(adapter), training)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if concepts_list is None:
-        write_embedded_images(concepts)
-        datasets = read_datasets(concepts)
-    with RunProgress(console) as progress:
-        logs = learn_all(trainer, concepts, datasets, output_dir, progress)
-    save_pipeline(pipe, output_dir)
+    # concept files and pictures are small beside the pipeline
+    check_room(output_dir, pipeline_bytes(pipe), "--output_dir")
+    with full_disk_is_told(output_dir, "--output_dir"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if concepts_list is None:
+            write_embedded_images(concepts)
+            datasets = read_datasets(concepts)
+        with RunProgress(console) as progress:
+            logs = learn_all(trainer, concepts, datasets, output_dir, progress)
+        save_pipeline(pipe, output_dir)
     console.print(summary_table(logs))
     console.print(f"stock pipeline  {output_dir}", soft_wrap=True)
     console.print(f"concept files   {output_dir / 'concepts'}", soft_wrap=True)

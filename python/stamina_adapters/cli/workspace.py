@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands share: pipelines in, folders out, and the checks on both."""
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from stamina_adapters.tokens import check_new_token
 from stamina_adapters.training.config import ConceptSpec, placeholders
 from stamina_adapters.training.errors import InputError
 
@@ -60,14 +63,12 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 def check_new_tokens(pipe: Any, concepts: Sequence[ConceptSpec], argument: str) -> None:
     """Raise `InputError` when a token is a word already, or a prompt is longer than the model's."""
-    vocabulary = pipe.tokenizer.get_vocab()
     longest = pipe.tokenizer.model_max_length
     for concept in concepts:
-        if concept.token in vocabulary or f"{concept.token}</w>" in vocabulary:
-            raise InputError(
-                f"{argument}: token {concept.token!r} is already in the model's vocabulary; "
-                "choose another"
-            )
+        try:
+            check_new_token(pipe, "text_encoder", concept.token)
+        except ValueError as error:
+            raise InputError(f"{argument}: {error}; choose another") from error
         length = len(pipe.tokenizer(concept.instance_prompt.replace(concept.token, "a")).input_ids)
         if length > longest:
             raise InputError(
@@ -108,11 +109,26 @@ def check_output_dir(folder: Path, argument: str = "--output_dir") -> None:
         raise InputError(f"{where}: cannot be read; choose another folder") from error
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file beside its place and rename it there, so that it is whole or absent."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+def _is_full_disk(error: Exception) -> bool:
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    # safetensors and tokenizers raise kinds of their own, with the system's number at the end
+    return getattr(error, "errno", None) in numbers or any(
+        str(error).endswith(f"(os error {number})") for number in numbers
+    )
+
+
+@contextmanager
+def full_disk_is_told(place: Path, argument: str) -> Iterator[None]:
+    """Raise `InputError` where the block fails because the disk of `place` is full."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        raise InputError(
+            f"{argument} {str(place)!r}: the disk is full; free some or choose another folder, "
+            "what is finished is kept"
+        ) from error
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:

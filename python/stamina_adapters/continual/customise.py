@@ -100,6 +100,7 @@ class CustomiseWorkload:
         self._trainer = ContinualTrainer(pipe, observed, training)
         self._labels: dict[str, Any] = {"method": label, "seed": training.seed}
         self._so_far = _Progress()
+        self._state: dict[str, Tensor] | None = None
 
     def restore(
         self, tensors: dict[str, Tensor], facts: dict[str, Any], rows: Sequence[BaseModel]
@@ -119,12 +120,18 @@ class CustomiseWorkload:
             self._so_far.masks[int(task)][path] = words
         self._so_far.concepts = [row for row in rows if isinstance(row, ConceptRow)]
 
+    def _carried(self) -> dict[str, Tensor]:
+        """What the method carries to the next concept: copied once, it may be a model's size."""
+        if self._state is None:
+            self._state = self._observed.state_dict()
+        return self._state
+
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `Workload`."""
         changed, words = self._origin.take()
         parts: dict[str, Mapping[str, Tensor]] = {
             "pipeline": changed,
-            "method": self._observed.state_dict(),
+            "method": self._carried(),
             "learned": {str(task): rows for task, rows in enumerate(self._so_far.learned)},
         }
         for task, masks in enumerate(self._so_far.masks):
@@ -139,6 +146,7 @@ class CustomiseWorkload:
 
     def learn(self, task: int) -> list[BaseModel]:
         """Learn a concept and draw it; after a checkpoint's concept, draw and judge all so far."""
+        self._state = None  # of the concept before; freed before memory is measured
         rows: list[BaseModel] = [self._run_row()] if task == 0 else []
         concept = self.plan.material.concepts[task]
         # for whatever draws from the global stream: the same, wherever the process began
@@ -210,7 +218,7 @@ class CustomiseWorkload:
     ) -> ConceptRow:
         concept = self.plan.material.concepts[task]
         model = self._origin.parameters
-        carried = sum(t.numel() * t.element_size() for t in self._observed.state_dict().values())
+        carried = sum(t.numel() * t.element_size() for t in self._carried().values())
         mask, earlier = mask_bits(state), self._so_far.masks
         return ConceptRow(
             task=task + 1,

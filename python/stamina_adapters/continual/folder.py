@@ -69,7 +69,11 @@ def check_room(folder: Path, needed: int, argument: str = "--output") -> None:
 
 
 def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
-    """Make the folder, and write there whose it is."""
+    """Make the folder, and write there whose it is; for the holder of its `Lock`.
+
+    Raises `InputError` as `check_folder` does: another process may have claimed it since.
+    """
+    check_folder(folder, identity)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _SPEC).is_file():
         write_whole(folder / _SPEC, (json.dumps(identity, indent=1) + "\n").encode())

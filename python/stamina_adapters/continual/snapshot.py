@@ -13,6 +13,15 @@ from stamina_adapters.models import pipeline_models
 _COMPONENTS = ("unet", "text_encoder")
 
 
+def _models(pipe: Any) -> list[nn.Module]:
+    return [*pipeline_models(pipe), pipe.vae]
+
+
+def pipeline_bytes(pipe: Any) -> int:
+    """Size of a pipeline's parameters."""
+    return sum(p.numel() * p.element_size() for m in _models(pipe) for p in m.parameters())
+
+
 class PipelineSnapshot:
     """Made on a pipeline as loaded; `take` is the change since then, `put` repeats it on another.
 
@@ -35,14 +44,12 @@ class PipelineSnapshot:
         }
 
     def _count(self) -> int:
-        models: list[nn.Module] = [*pipeline_models(self._pipe), self._pipe.vae]
-        return sum(p.numel() for model in models for p in model.parameters())
+        return sum(p.numel() for model in _models(self._pipe) for p in model.parameters())
 
     @property
     def bytes(self) -> int:
         """Size of the pipeline's parameters as they are now."""
-        models: list[nn.Module] = [*pipeline_models(self._pipe), self._pipe.vae]
-        return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+        return pipeline_bytes(self._pipe)
 
     def grown(self) -> int:
         """How many more parameters the pipeline has than it had when loaded."""

@@ -75,6 +75,11 @@ class PromptSpec(_Part):
                 prompt.format(**words)
             except (KeyError, ValueError, IndexError) as error:
                 raise ValueError(f"prompt {name!r} holds a field it must not: {error}") from error
+        # a concept's token is one of its prompt's words
+        if "{token}" not in self.concept.split():
+            raise ValueError(
+                f"prompt 'concept' must hold {{token}} between spaces, got {self.concept!r}"
+            )
         return self
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from stamina_adapters.continual.rows import from_line, to_line
+from stamina_adapters.continual.rows import from_line, read_rows, to_line
 from stamina_adapters.training.errors import InputError
 
 _ENTRY = "stamina_run"
@@ -83,7 +83,7 @@ class RunStore:
     def __init__(self, folder: Path, rows: str = "rows.jsonl") -> None:
         """Open a run, or begin one in a new folder; the file `rows` is brought to the state's rows.
 
-        Raises `InputError` when the state cannot be read.
+        Raises `InputError` when the state cannot be read, or rows before it are missing.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._state, self._lines = folder / "state.safetensors", folder / rows
@@ -112,7 +112,13 @@ class RunStore:
 
     def _append(self, lines: Sequence[str]) -> None:
         data = "".join(lines).encode()
-        with self._lines.open("r+b" if self._lines.exists() else "w+b") as stream:
+        present = self._lines.stat().st_size if self._lines.exists() else 0
+        if present < self._length:
+            raise InputError(
+                f"--output: {str(self._lines)!r} is damaged: it holds {present} of its first "
+                f"{self._length} bytes; remove {str(self._lines.parent)!r} to run it again"
+            )
+        with self._lines.open("r+b" if present else "w+b") as stream:
             stream.truncate(self._length)
             stream.seek(self._length)
             stream.write(data)
@@ -121,9 +127,8 @@ class RunStore:
         self._length += len(data)
 
     def rows(self, kind: type[_Kind]) -> list[_Kind]:
-        """All rows of a kind, in the order written."""
-        lines = self._lines.read_text(encoding="utf-8").splitlines()
-        return [row for row in map(from_line, lines) if isinstance(row, kind)]
+        """All rows of a kind, in the order written. Raises `InputError` for a line that is none."""
+        return [row for row in read_rows([self._lines], "--output") if isinstance(row, kind)]
 
     def commit(
         self, tensors: dict[str, Tensor], facts: dict[str, Any], rows: Sequence[BaseModel]

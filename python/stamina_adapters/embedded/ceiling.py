@@ -68,7 +68,7 @@ def train_ceiling(
     linearly to 0. The given pipeline is left as it was.
 
     Args:
-        pipe: a pipeline in fp32.
+        pipe: a pipeline in fp32, on any device.
         images: the concept, ``uint8 [n, 64, 64, 3]``.
         token: the new word; must not be in the vocabulary.
         prompt: the caption of every picture; ``{token}`` is replaced.
@@ -90,6 +90,7 @@ def train_ceiling(
         raise ValueError(f"token {token!r} is in the vocabulary already")
     tokenizer.add_tokens(token)
     text, unet = copy.deepcopy(pipe.text_encoder), copy.deepcopy(pipe.unet)
+    device = unet.device
     text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     text.requires_grad_(False)
     unet.requires_grad_(False)
@@ -106,18 +107,21 @@ def train_ceiling(
     with torch.no_grad():
         scale = pipe.vae.config.scaling_factor
         pictures = torch.as_tensor(images).permute(0, 3, 1, 2)
-        latents = pipe.vae.encode(to_unit(pictures)).latents * scale
-    tokens = torch.tensor([tokenizer(prompt.format(token=token), padding="max_length").input_ids])
+        latents = (pipe.vae.encode(to_unit(pictures).to(device)).latents * scale).cpu()
+    ids = tokenizer(prompt.format(token=token), padding="max_length").input_ids
+    tokens = torch.tensor([ids], device=device)
     optimizer = torch.optim.AdamW(
         [{"params": weights, "lr": rate}, {"params": [table], "lr": token_rate}],
         weight_decay=0.0,
     )
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    signal = pipe.scheduler.alphas_cumprod
+    signal = pipe.scheduler.alphas_cumprod.cpu()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(latents), (batch,), generator=generator)
-        noisy, times, target = velocity_batch(latents[rows], signal, generator)
+        # drawn on the CPU, so that every device learns from the same numbers
+        drawn = velocity_batch(latents[rows], signal, generator)
+        noisy, times, target = (part.to(device) for part in drawn)
         states = text(tokens)[0].expand(batch, -1, -1)
         loss = (unet(noisy, times, states).sample - target).square().mean()
         loss.backward()

@@ -2,12 +2,24 @@
 """Kernel inception distance on embeddings, by torchmetrics."""
 
 import warnings
+from typing import Any
 
 import torch
 
 from stamina_adapters.training.errors import InputError
 
 SUBSETS = 10
+
+
+def metric_class() -> Any:
+    """torchmetrics' class for it. Raises `InputError` where torchmetrics is not installed."""
+    try:
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError as error:
+        raise InputError(
+            "KID needs torchmetrics; pip install torchmetrics (the extra 'bench' has it)"
+        ) from error
+    return KernelInceptionDistance
 
 
 def kid(real: torch.Tensor, generated: torch.Tensor) -> float | None:
@@ -24,18 +36,13 @@ def kid(real: torch.Tensor, generated: torch.Tensor) -> float | None:
     size = min(len(real), len(generated))
     if size < 2:
         return None
-    try:
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        raise InputError(
-            "KID needs torchmetrics; pip install torchmetrics (the extra 'bench' has it)"
-        ) from error
+    kind = metric_class()
     subsets = 1 if len(real) == len(generated) else SUBSETS
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # it warns that it keeps features, which are small here
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        metric = KernelInceptionDistance(torch.nn.Identity(), subsets=subsets, subset_size=size)
+        metric = kind(torch.nn.Identity(), subsets=subsets, subset_size=size)
         metric.set_dtype(torch.float64)
         metric.update(real.double(), real=True)
         metric.update(generated.double(), real=False)

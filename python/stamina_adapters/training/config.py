@@ -122,6 +122,8 @@ class ConceptSpec(BaseModel):
             raise ValueError(
                 f"token {self.token!r} is not a word of instance_prompt {self.instance_prompt!r}"
             )
+        if not self.name:
+            raise ValueError(f"token {self.token!r} is nothing but brackets; put a name in them")
         return self
 
     @property
@@ -177,11 +179,18 @@ def load_concepts_list(path: Path) -> list[ConceptSpec]:
 
 
 def check_distinct(concepts: list[ConceptSpec], argument: str) -> None:
-    """Raise `InputError` when two concepts share a token, or a file name made from it."""
+    """Raise `InputError` when two concepts share a token, or a file name made from it.
+
+    Case makes no difference: CLIP's tokenizers turn words to lower case, and some file systems do
+    not tell names apart by it.
+    """
     for what in ("token", "name"):
-        values = [getattr(concept, what) for concept in concepts]
-        for index, value in enumerate(values):
-            if value in values[:index]:
+        seen: set[str] = set()
+        for index, concept in enumerate(concepts):
+            value = getattr(concept, what)
+            if value.lower() in seen:
                 raise InputError(
-                    f"{argument}: entry {index}: {what} {value!r} is used twice; rename one"
+                    f"{argument}: entry {index}: {what} {value!r} is used twice, case aside; "
+                    "rename one"
                 )
+            seen.add(value.lower())

@@ -20,21 +20,20 @@ def list_images(folder: Path, argument: str) -> list[Path]:
     holds no picture, or holds anything else.
     """
     where = f"{argument} {str(folder)!r}"
-    if not folder.exists():
-        raise InputError(f"{where}: no such folder; give a folder of PNG or JPEG images")
-    if not folder.is_dir():
-        raise InputError(f"{where}: is not a folder; give a folder of PNG or JPEG images")
     try:
+        if not folder.exists():
+            raise InputError(f"{where}: no such folder; give a folder of PNG or JPEG images")
+        if not folder.is_dir():
+            raise InputError(f"{where}: is not a folder; give a folder of PNG or JPEG images")
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        # a folder may be listed whose entries cannot be looked at
+        wrong = [e for e in entries if not e.is_file() or e.suffix.lower() not in _SUFFIXES]
     except OSError as error:
         raise InputError(
             f"{where}: cannot be read ({error.strerror}); check its permissions"
         ) from error
-    for entry in entries:
-        if not entry.is_file() or entry.suffix.lower() not in _SUFFIXES:
-            raise InputError(
-                f"{where}: {entry.name!r} is not a PNG or JPEG file; move it elsewhere"
-            )
+    if wrong:
+        raise InputError(f"{where}: {wrong[0].name!r} is not a PNG or JPEG file; move it elsewhere")
     if not entries:
         raise InputError(f"{where}: is empty; put at least one PNG or JPEG image in it")
     return entries

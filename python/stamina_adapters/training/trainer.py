@@ -112,8 +112,8 @@ class ContinualTrainer:
             total = loss if penalty is None else loss + penalty
             if not torch.isfinite(total):
                 raise InputError(
-                    f"--learning_rate {config.learning_rate}: the loss of {concept.token} became "
-                    f"{total.item()} at step {step}; lower the rates"
+                    f"the loss of {concept.token} became {total.item()} at step {step}; "
+                    "lower its method's rates"
                 )
             optimizer.zero_grad(set_to_none=True)
             total.backward()
