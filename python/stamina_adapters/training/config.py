@@ -32,9 +32,9 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_train_steps: int = Field(200, ge=1, description="optimiser steps for each concept")
-    train_batch_size: int = Field(16, ge=1, description="latents in a step")
-    learning_rate: float = Field(3e-3, gt=0, description="rate of the low-rank factors A and B")
+    max_train_steps: int = Field(100, ge=1, description="optimiser steps for each concept")
+    train_batch_size: int = Field(8, ge=1, description="latents in a step")
+    learning_rate: float = Field(2e-2, gt=0, description="rate of the low-rank factors A and B")
     mask_learning_rate: float = Field(3e-3, gt=0, description="rate of the mask generators")
     token_learning_rate: float = Field(3e-3, gt=0, description="rate of the token's MLP")
     lr_scheduler: Literal["constant", "linear"] = Field(
@@ -49,12 +49,12 @@ class TrainingConfig(BaseModel):
     hard_fraction: float = Field(
         0.2, ge=0, le=1, description="last part of the steps, trained with the committed masks"
     )
-    forget_weight: float = Field(1e6, ge=0, description="lambda of the forgetting penalty")
+    forget_weight: float = Field(0.0, ge=0, description="lambda of the forgetting penalty")
     preserve_weight: float = Field(
         1.0, ge=0, description="nu of the term that keeps earlier prompts' keys and values"
     )
     sparse_weight: float = Field(1.0, ge=0, description="mu of the density hinges; 0: none")
-    target_density: float = Field(0.15, gt=0, lt=1, description="density the masks come down to")
+    target_density: float = Field(0.3, gt=0, lt=1, description="density the masks come down to")
     min_density: float = Field(0.05, ge=0, lt=1, description="density they are kept above")
     sparse_start: float = Field(
         0.1, ge=0, le=1, description="part of the steps after which the target comes down"
