@@ -119,7 +119,7 @@ def test_eager_stamina_is_stamina(stock_pipe, pipe, generator):
 
 
 def test_disjoint_masks_share_no_weight_and_pay_no_forgetting_term(pipe):
-    training = {"sparse_weight": 0.0, "preserve_weight": 0.0}
+    training = {"sparse_weight": 0.0, "preserve_weight": 0.0, "forget_weight": 1e6}
     method = METHODS["ablation-disjoint"](merged(SMALL, {"training": training}))
     seen = []
     penalty = method.penalty
