@@ -15,20 +15,11 @@ from typing import Any
 from stamina_adapters.continual.registry import Registry
 from stamina_adapters.continual.rows import SummaryRow, TuningRow
 from stamina_adapters.continual.spec import BenchmarkSpec
+from stamina_adapters.training.ablations import merged
 from stamina_adapters.training.errors import InputError
 
 _ALIKE = 0.01
 _FIGURES = ("accuracy_after_learning", "accuracy_final", "a_mmd", "f_mmd", "seconds")
-
-
-def merged(settings: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with the values of `over`, parts of parts included."""
-    result = dict(settings)
-    for key, value in over.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = merged(old, value) if both else value  # type: ignore[arg-type]
-    return result
 
 
 def trials_of(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stamina_adapters.training.config import ConceptSpec
+from stamina_adapters.training.prompts import tokenize
 
 _CROSS_ATTENTION = "attn2"
 _NEGLIGIBLE = 1e-10
@@ -51,15 +52,7 @@ def earlier_prompts(pipe: Any, concept: ConceptSpec) -> list[str]:
 @torch.no_grad()
 def encode(pipe: Any, prompts: list[str]) -> Tensor:
     """The text encoder's states of prompts, [n, positions, features] in fp32."""
-    encoder = pipe.text_encoder
-    tokens = pipe.tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    states: Tensor = encoder(tokens.input_ids.to(encoder.device))[0]
+    states: Tensor = pipe.text_encoder(tokenize(pipe, prompts))[0]
     return states.float()
 
 

@@ -99,8 +99,9 @@ def _grid(**choices: list[Any]) -> list[Overrides]:
     return combined
 
 
-# Ranges are of runs on identities that are never evaluated, widened until no method's pick was the
-# last one of a range, or the next value was seen to be worse (STAMINA's rate of 1e-2).
+# Ranges are of runs on identities that are never evaluated, and were widened where a pick was the
+# last of its range. Picks that still are: the unmasked rate, orthogonal's r, the magnitude rate of
+# SD-LoRA, EWC's lambda (0 is custom-diffusion). STAMINA's next rate, 1e-2, was seen to be worse.
 _STAMINA_SEARCH = [
     {"training": trial}
     for trial in _grid(learning_rate=[2e-2, 4e-2], preserve_weight=[1.0, 2.0])

@@ -14,6 +14,7 @@ from stamina_adapters.training.data import ConceptDataset, LatentCache
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.methods import Method
 from stamina_adapters.training.objective import DenoisingObjective, NoisyBatch
+from stamina_adapters.training.prompts import tokenize
 
 _PROBES = 4
 
@@ -91,7 +92,7 @@ class ContinualTrainer:
         latents = LatentCache(self.pipe.vae, dataset.pixels(self.resolution, config.hflip))
         probes = [self._draw(latents, generator) for _ in range(_PROBES)]
         groups = self.method.attach(self.pipe, concept, config)
-        tokens = self._tokenize(concept.instance_prompt)
+        tokens = tokenize(self.pipe, [concept.instance_prompt])
         optimizer = torch.optim.AdamW(
             groups,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -141,17 +142,6 @@ class ContinualTrainer:
             seconds=time.perf_counter() - started,
         )
         return state, log
-
-    def _tokenize(self, prompt: str) -> torch.Tensor:
-        tokenizer = self.pipe.tokenizer
-        encoded = tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return encoded.input_ids.to(self.pipe.text_encoder.device)
 
     def _draw(
         self, latents: LatentCache, generator: torch.Generator, count: int | None = None
