@@ -183,4 +183,5 @@ def test_the_best_trial_is_picked_and_enters_the_specification():
     assert (rows[3].failed, rows[3].accuracy_final, rows[2].failed) == ("diverged", None, None)
     assert tuned(_spec(), rows).methods["fake"].settings == {"rate": 3}
     assert best(["diverged", "diverged"]) is None
-    assert best([_summary(0.5, 0.2, 0.4), _summary(0.5, 0.201, 0.3), _summary(0.5, 0.3, 0.1)]) == 1
+    # what was forgotten counts besides the distance it adds to
+    assert best([_summary(0.5, 0.2, 0.4), _summary(0.5, 0.3, 0.2), _summary(0.5, 0.6, 0.0)]) == 1
