@@ -90,7 +90,8 @@ class StaminaLinear(nn.Linear):
     back: the object, its Parameters, state-dict keys and hooks stay what they were.
 
     Trainable, fp32: A [O, r] (zero at the start, so the layer computes what it did before),
-    B [r, I] and the parameters of `mask`, the generator of the mask logits. 0-dim buffers, not in
+    B [r, I] and the parameters of `mask`, the generator of the mask logits; where there is a buffer
+    `preconditioner` C [I, I], B C takes the place of B in all formulas. 0-dim buffers, not in
     the state dict: seed, step (int64), scale, tau, forget_weight, sparse_weight (fp32). The two
     weights multiply the scalars sum (S (.) D)^2 and the sparsity sum in the gradient of every
     backward through the layer. `hard` selects M = [L > 0] instead of sampling; `active` False
@@ -99,6 +100,7 @@ class StaminaLinear(nn.Linear):
 
     A: nn.Parameter
     B: nn.Parameter
+    preconditioner: Tensor | None
     mask: nn.Module
     seed: Tensor
     step: Tensor
@@ -154,6 +156,7 @@ class StaminaLinear(nn.Linear):
         layer.A = nn.Parameter(torch.zeros(rows, config.r, device=device))
         layer.B = nn.Parameter(B.to(device))
         layer.mask = mask.to(device)
+        layer.register_buffer("preconditioner", None, persistent=False)
         for name, value in scalars.items():
             layer.register_buffer(name, value.to(device), persistent=False)
         layer.weight.requires_grad_(False)
@@ -166,7 +169,7 @@ class StaminaLinear(nn.Linear):
         self.weight.requires_grad_(self.adapter.weight_required_grad)
         if self.bias is not None:
             self.bias.requires_grad_(self.adapter.bias_required_grad)
-        for name in ("A", "B", "mask", *_SCALARS, *_PLAIN):
+        for name in ("A", "B", "preconditioner", "mask", *_SCALARS, *_PLAIN):
             delattr(self, name)
         change_class(self, nn.Linear)
         return self
@@ -187,11 +190,21 @@ class StaminaLinear(nn.Linear):
         y: Tensor = _operator([self], x).y
         return y - super().forward(x)
 
+    def set_preconditioner(self, C: Tensor) -> None:
+        """Train B' of B = B' C from here on, C [I, I] in fp32, which is not copied."""
+        self.preconditioner = C
+
+    @property
+    def right_factor(self) -> Tensor:
+        """B [r, I] as it enters the product A B."""
+        return self.B if self.preconditioner is None else self.B @ self.preconditioner
+
     def projection(self) -> MaskedProjection:
         """The layer as the operator takes it."""
         U, V, b = self.mask()
+        B, number = self.right_factor, self.adapter.layer_id
         return MaskedProjection(
-            self.weight, self.A, self.B, U, V, b, self.adapter.layer_id, self.bias, self.weight_init
+            self.weight, self.A, B, U, V, b, number, self.bias, self.weight_init
         )
 
     @torch.no_grad()
@@ -212,7 +225,7 @@ class StaminaLinear(nn.Linear):
     def commit(self) -> CommittedAdapter:
         """The adapter at s = alpha / r: fp16 factors, bits of [L > 0]. ValueError if not finite."""
         U, V, b = self.mask()
-        return commit(self.A, self.B, U, V, b, scale=self.adapter.config.scale)
+        return commit(self.A, self.right_factor, U, V, b, scale=self.adapter.config.scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         stock = (self.weight, self.bias, self.weight_init)

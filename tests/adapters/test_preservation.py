@@ -2,12 +2,14 @@
 """The term that keeps earlier prompts' keys and values."""
 
 import copy
+from itertools import islice
 
 import pytest
 import torch
 from PIL import Image
-from stamina_adapters import apply_stamina, set_stamina_mask_mode
-from stamina_adapters.config import StaminaConfig
+from stamina_adapters import add_custom_token, apply_stamina, set_stamina_mask_mode
+from stamina_adapters.config import StaminaConfig, TokenConfig
+from stamina_adapters.tokens import token_starts
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.methods import StaminaMethod
@@ -30,6 +32,12 @@ def _dataset(seed):
 
 def _config(**settings):
     return TrainingConfig(**{"max_train_steps": 6, "train_batch_size": 2, **settings})
+
+
+def _held(pipe, layers, **settings):
+    preservation = Preservation(pipe, _concept(9), _config(**{"precondition": 0.0, **settings}))
+    preservation.hold(layers)
+    return preservation
 
 
 def _learn(pipe, method, *numbers, **settings):
@@ -81,14 +89,15 @@ def test_the_term_is_the_relative_change_of_keys_and_values(pipe):
         size = (states @ layer.weight.double().t()).square().sum(-1).mean()
         drift = (states @ _dense(layer).t()).square().sum(-1).mean(1).sum()
         expected += 3.0 / len(layers) * drift / size
-    term = Preservation(pipe, _concept(9), layers, 3.0).term(lambda path, H: layers[path].change(H))
+    preservation = _held(pipe, layers, preserve_weight=3.0)
+    term = preservation.term(lambda path, H: layers[path].change(H))
     # y - x W^T cancels: D is as large as W here, so a few fp32 roundings of either
     torch.testing.assert_close(term.double(), expected, rtol=1e-4, atol=0)
 
 
 def test_its_gradient_is_that_of_the_dense_formula(pipe):
     layers = _adapted(pipe)
-    preservation = Preservation(pipe, _concept(9), layers, 3.0)
+    preservation = _held(pipe, layers, preserve_weight=3.0)
     preservation.term(lambda path, H: layers[path].change(H)).backward()
     states = encode(pipe, [""])
     for layer in layers.values():
@@ -123,7 +132,7 @@ def test_layers_outside_of_cross_attention_take_no_part(pipe):
     paths = apply_stamina(pipe, config, adapter_name="live")
     layers = {path: pipe.unet.get_submodule(path) for path in paths}
     seen = []
-    Preservation(pipe, _concept(9), layers, 1.0).term(
+    _held(pipe, layers, preserve_weight=1.0).term(
         lambda path, H: seen.append(path) or layers[path].change(H)
     )
     assert seen == [path for path in paths if "attn2" in path]
@@ -133,7 +142,7 @@ def test_layers_outside_of_cross_attention_take_no_part(pipe):
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_no_weight_is_no_term(pipe, weight):
     layers = _adapted(pipe) if weight == 0 else {}
-    assert Preservation(pipe, _concept(9), layers, weight).term(lambda path, H: H) is None
+    assert _held(pipe, layers, preserve_weight=weight).term(lambda path, H: H) is None
 
 
 def test_a_large_weight_keeps_the_pictures_of_earlier_prompts(pipe, render):
@@ -161,3 +170,64 @@ def test_the_eager_mechanism_adds_the_same_term(pipe):
     ours, eager = ([step.penalty for step in log.steps] for log in logs)
     assert ours == pytest.approx(eager, rel=1e-3)
     assert ours[-1] > 0
+
+
+def _gram(states):
+    wide = states.double()
+    return torch.einsum("kji,kjc->ic", wide, wide) / states.shape[1]
+
+
+@pytest.mark.parametrize("strength", [0.0, 10.0])
+def test_the_preconditioner_is_the_inverse_root_of_the_formula(pipe, strength):
+    _learn(pipe, StaminaMethod(ADAPTER), 1, 2)
+    states = encode(pipe, ["", "a photo of <v1>", "a photo of <v2>"])
+    gram = _gram(states)
+    eye = torch.eye(len(gram), dtype=torch.float64)
+    inverse = eye + strength * gram * (3 / gram.trace())
+    C = Preservation(pipe, _concept(9), _config()).preconditioner(strength).double()
+    # C is rounded to fp32 once; its condition number is below sqrt(1 + 3 strength)
+    torch.testing.assert_close(C @ C @ inverse, eye, rtol=0, atol=1e-4)
+
+
+def test_the_operator_and_the_committed_factors_take_the_preconditioned_factor(pipe):
+    layers = _adapted(pipe)
+    _held(pipe, layers, precondition=10.0)
+    for layer in layers.values():
+        B = (layer.B @ layer.preconditioner).detach()
+        assert not torch.allclose(B, layer.B)
+        U, V, b = layer.mask()
+        D = ((U @ V + b > 0) * (layer.A @ B)).double().detach()
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+        expected = x.double() @ D.t()
+        # y - x W^T cancels, see above
+        torch.testing.assert_close(layer.change(x).double(), expected, rtol=1e-3, atol=1e-4)
+        adapter = layer.commit()
+        committed = adapter.B.double() * 2.0 ** adapter.exponent[1]
+        # fp16 once, relative to the largest element of the factor
+        assert (committed - B.double()).abs().max() <= 2.0**-11 * B.abs().max()
+        layer.detach()
+        assert not hasattr(layer, "preconditioner")
+
+
+def test_a_word_starts_where_earlier_prompts_leave_most(pipe):
+    _learn(pipe, StaminaMethod(ADAPTER), 1, 2)
+    concept, token = _concept(9), TokenConfig(seed=3)
+    gram = _gram(encode(pipe, ["", "a photo of <v1>", "a photo of <v2>"]))
+    eye = torch.eye(len(gram), dtype=torch.float64)
+    inverse = torch.linalg.inv(eye + 30 * gram * (3 / gram.trace()))
+    module = add_custom_token(pipe, concept.token, token)
+    first = module().detach().clone()
+    norm = first.norm().item()
+
+    def left(vector):
+        module.load_state_dict(vector.state_dict())
+        states = encode(pipe, [concept.instance_prompt]).double()
+        return torch.einsum("kji,ic,kjc->", states, inverse, states).item()
+
+    starts = list(islice(token_starts(len(first), norm, concept.token, token), 8))
+    torch.testing.assert_close(starts[0](), first)
+    expected = max(starts, key=left)()
+    Preservation(pipe, concept, _config(token_starts=8)).choose_start(module, token)
+    torch.testing.assert_close(module(), expected)
+    Preservation(pipe, concept, _config(token_starts=1)).choose_start(module, token)
+    torch.testing.assert_close(module(), first)

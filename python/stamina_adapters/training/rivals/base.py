@@ -68,6 +68,7 @@ class RivalMethod:
     kind: ClassVar[str]
     settings_type: ClassVar[type[BaseModel]] = RivalSettings
     carries: ClassVar[tuple[str, ...]] = ()
+    layer_type: ClassVar[type[DeltaLinear]] = DeltaLinear
 
     def __init__(self, settings: Any = None) -> None:
         self._settings: Any = self.settings_type() if settings is None else settings
@@ -110,14 +111,16 @@ class RivalMethod:
     def _token(self) -> TokenConfig:
         return self._settings.token
 
+    def _add_token(self, config: TokenConfig) -> nn.Module:
+        return add_custom_token(self._pipe, self._concept.token, config)
+
     # ---- the protocol
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
         self._pipe, self._config, self._concept = pipe, config, concept
         targets = self._targets(pipe)
         seed = concept.seed(config.seed)
-        seeded = self._token().model_copy(update={"seed": seed})
-        token = add_custom_token(pipe, concept.token, seeded)
+        token = self._add_token(self._token().model_copy(update={"seed": seed}))
         for path, layer in targets.items():
             number = init_seed(StaminaConfig(seed=seed), layer_id(concept.name, path))
             generator = torch.Generator().manual_seed(number)
@@ -125,7 +128,7 @@ class RivalMethod:
             if "initial" in self._carried:
                 initial = self._carried["initial"].setdefault(path, weight.detach().clone())
                 weight.data.copy_(initial)
-            self._layers[path] = DeltaLinear.attach(layer, self._delta(path, weight, generator))
+            self._layers[path] = self.layer_type.attach(layer, self._delta(path, weight, generator))
         return self._groups(token)
 
     def begin_step(self, step: int) -> float | None:

@@ -59,11 +59,16 @@ class LowRankDelta(Delta):
         self.B = nn.Parameter(B, requires_grad=not freeze_B)
         self.scale = scale
 
+    @property
+    def right_factor(self) -> Tensor:
+        """B [r, I] as it enters the product A B."""
+        return self.B
+
     def forward(self) -> Tensor:
-        return self.scale * (self.A @ self.B)
+        return self.scale * (self.A @ self.right_factor)
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        thin = F.linear(F.linear(x, self.B.to(x.dtype)), self.A.to(x.dtype))
+        thin = F.linear(F.linear(x, self.right_factor.to(x.dtype)), self.A.to(x.dtype))
         return F.linear(x, weight, bias) + self.scale * thin
 
 

@@ -136,6 +136,7 @@ class MaskedDelta(LowRankDelta):
 
     noise: Tensor | None
     allowed: Tensor | None
+    preconditioner: Tensor | None
 
     def __init__(
         self, rows: int, B: Tensor, scale: float, tau: float, soft: bool, logits: nn.Module | None
@@ -144,6 +145,11 @@ class MaskedDelta(LowRankDelta):
         self.logits, self.tau, self.soft = logits, tau, soft
         self.register_buffer("noise", None, persistent=False)
         self.register_buffer("allowed", None, persistent=False)
+        self.register_buffer("preconditioner", None, persistent=False)
+
+    @property
+    def right_factor(self) -> Tensor:
+        return self.B if self.preconditioner is None else self.B @ self.preconditioner
 
     def mask(self) -> Tensor | None:
         """M with its straight-through gradient, None for no mask."""
@@ -181,11 +187,21 @@ class MaskedDelta(LowRankDelta):
 
     def learned(self) -> dict[str, Tensor]:
         """A, B and the mask: `bits` packed as in STAMINA's files, or the values `mask`."""
-        kept: dict[str, Tensor] = {"A": self.A, "B": self.B}
+        kept: dict[str, Tensor] = {"A": self.A, "B": self.right_factor}
         M = self.mask()
         if M is not None:
             kept |= {"mask": M} if self.soft else {"bits": pack_bits(M > 0.5)}
         return kept
+
+
+class MaskedLinear(DeltaLinear):
+    """A layer with a `MaskedDelta`."""
+
+    delta: MaskedDelta
+
+    def set_preconditioner(self, C: Tensor) -> None:
+        """As `StaminaLinear.set_preconditioner`."""
+        self.delta.preconditioner = C
 
 
 class MaskedMethod(RivalMethod):
@@ -194,6 +210,7 @@ class MaskedMethod(RivalMethod):
     kind = "ablation"
     settings_type = MaskedSettings
     carries = ("change",)
+    layer_type = MaskedLinear
 
     def _target_modules(self) -> tuple[str, ...]:
         adapter: StaminaConfig = self._settings.stamina.adapter
@@ -202,6 +219,11 @@ class MaskedMethod(RivalMethod):
     def _token(self) -> TokenConfig:
         token: TokenConfig = self._settings.stamina.token
         return token
+
+    def _add_token(self, config: TokenConfig) -> nn.Module:
+        module = super()._add_token(config)
+        self._preservation.choose_start(module, config)
+        return module
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
         config = self._settings.stamina.training.over(config)
@@ -215,11 +237,11 @@ class MaskedMethod(RivalMethod):
         self._mask_seed = mask_seed(self._adapter, concept.name)
         self._step = 0
         self._measured: dict[str, float] = {}
+        self._preservation = Preservation(pipe, concept, config)
         groups = super().attach(pipe, concept, config)
         self._total = sum(layer.weight.numel() for layer in self._layers.values())
         self._hinges = {path: DensityHinge(config, self._total) for path in self._layers}
-        layers = dict[str, nn.Module](self._layers)
-        self._preservation = Preservation(pipe, concept, layers, config.preserve_weight)
+        self._preservation.hold(self._layers)
         return groups
 
     def _logits(
