@@ -243,20 +243,6 @@ def _leave(vocabulary: _Vocabulary, dropped: Callable[[TokenRecord], bool]) -> N
         _enter(vocabulary, record)
 
 
-def token_starts(dim: int, norm: float, token: str, config: TokenConfig) -> Iterator[nn.Module]:
-    """Modules of a token's vector [dim], each a random start of that norm, from one random stream.
-
-    The first is what `add_custom_token` takes.
-    """
-    digest = hashlib.sha256(f"{config.seed}/{token}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    while True:
-        if config.generator == "mlp":
-            yield TokenMLP(dim, norm, config.hidden, generator)
-        else:
-            yield TokenVector(dim, norm, generator)
-
-
 def add_custom_token(
     pipe: Any, token: str, config: TokenConfig | None = None, text_encoder: str = "text_encoder"
 ) -> nn.Module:
@@ -274,7 +260,14 @@ def add_custom_token(
     vocabulary = _vocabulary(pipe, text_encoder)
     table = vocabulary.table.weight.detach()
     norm = table.float().norm(dim=1).mean().item()
-    module = next(token_starts(table.shape[1], norm, token, config)).to(table.device)
+    digest = hashlib.sha256(f"{config.seed}/{token}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    module: nn.Module
+    if config.generator == "mlp":
+        module = TokenMLP(table.shape[1], norm, config.hidden, generator)
+    else:
+        module = TokenVector(table.shape[1], norm, generator)
+    module.to(table.device)
     _enter(vocabulary, TokenRecord(token, module))
     guard_pipeline(pipe)
     return module

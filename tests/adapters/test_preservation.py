@@ -2,18 +2,22 @@
 """The term that keeps earlier prompts' keys and values."""
 
 import copy
-from itertools import islice
 
 import pytest
 import torch
 from PIL import Image
-from stamina_adapters import add_custom_token, apply_stamina, set_stamina_mask_mode
-from stamina_adapters.config import StaminaConfig, TokenConfig
-from stamina_adapters.tokens import token_starts
+from stamina_adapters import apply_stamina, set_stamina_mask_mode
+from stamina_adapters.config import StaminaConfig
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.methods import StaminaMethod
-from stamina_adapters.training.preservation import Preservation, earlier_prompts, encode, factor
+from stamina_adapters.training.preservation import (
+    Preservation,
+    earlier_prompts,
+    encode,
+    factor,
+    preconditioner,
+)
 from stamina_adapters.training.rivals.masked import MaskedMethod
 from stamina_adapters.training.trainer import ContinualTrainer
 
@@ -35,9 +39,8 @@ def _config(**settings):
 
 
 def _held(pipe, layers, **settings):
-    preservation = Preservation(pipe, _concept(9), _config(**{"precondition": 0.0, **settings}))
-    preservation.hold(layers)
-    return preservation
+    config = _config(**{"precondition": 0.0, **settings})
+    return Preservation(pipe, _concept(9), layers, config)
 
 
 def _learn(pipe, method, *numbers, **settings):
@@ -184,7 +187,7 @@ def test_the_preconditioner_is_the_inverse_root_of_the_formula(pipe, strength):
     gram = _gram(states)
     eye = torch.eye(len(gram), dtype=torch.float64)
     inverse = eye + strength * gram * (3 / gram.trace())
-    C = Preservation(pipe, _concept(9), _config()).preconditioner(strength).double()
+    C = preconditioner(factor(states), 3, strength).double()
     # C is rounded to fp32 once; its condition number is below sqrt(1 + 3 strength)
     torch.testing.assert_close(C @ C @ inverse, eye, rtol=0, atol=1e-4)
 
@@ -207,27 +210,3 @@ def test_the_operator_and_the_committed_factors_take_the_preconditioned_factor(p
         assert (committed - B.double()).abs().max() <= 2.0**-11 * B.abs().max()
         layer.detach()
         assert not hasattr(layer, "preconditioner")
-
-
-def test_a_word_starts_where_earlier_prompts_leave_most(pipe):
-    _learn(pipe, StaminaMethod(ADAPTER), 1, 2)
-    concept, token = _concept(9), TokenConfig(seed=3)
-    gram = _gram(encode(pipe, ["", "a photo of <v1>", "a photo of <v2>"]))
-    eye = torch.eye(len(gram), dtype=torch.float64)
-    inverse = torch.linalg.inv(eye + 30 * gram * (3 / gram.trace()))
-    module = add_custom_token(pipe, concept.token, token)
-    first = module().detach().clone()
-    norm = first.norm().item()
-
-    def left(vector):
-        module.load_state_dict(vector.state_dict())
-        states = encode(pipe, [concept.instance_prompt]).double()
-        return torch.einsum("kji,ic,kjc->", states, inverse, states).item()
-
-    starts = list(islice(token_starts(len(first), norm, concept.token, token), 8))
-    torch.testing.assert_close(starts[0](), first)
-    expected = max(starts, key=left)()
-    Preservation(pipe, concept, _config(token_starts=8)).choose_start(module, token)
-    torch.testing.assert_close(module(), expected)
-    Preservation(pipe, concept, _config(token_starts=1)).choose_start(module, token)
-    torch.testing.assert_close(module(), first)

@@ -56,12 +56,10 @@ _TABLE: dict[str, Ablation] = {
         "nothing keeps earlier concepts", preserve_weight=0.0, precondition=0.0
     ),
     "no-precondition": _training("B is trained itself", precondition=0.0),
-    "one-start": _training("the first random start of every word", token_starts=1),
     "forgetting-term": _training(
         "the forgetting term of the papers, lambda = 1e5, and nothing that looks at prompts",
         preserve_weight=0.0,
         precondition=0.0,
-        token_starts=1,
         forget_weight=1e5,
     ),
     "both-terms": _training("the forgetting term, lambda = 1e5, besides", forget_weight=1e5),

@@ -56,9 +56,6 @@ class TrainingConfig(BaseModel):
     precondition: float = Field(
         10.0, ge=0, description="eta: how much less B moves where earlier prompts are; 0: no less"
     )
-    token_starts: int = Field(
-        64, ge=1, description="random starts of a word, of which the freest is taken; 1: no choice"
-    )
     sparse_weight: float = Field(1.0, ge=0, description="mu of the density hinges; 0: none")
     target_density: float = Field(0.3, gt=0, lt=1, description="density the masks come down to")
     min_density: float = Field(0.05, ge=0, lt=1, description="density they are kept above")

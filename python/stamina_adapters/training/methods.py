@@ -115,7 +115,6 @@ class StaminaTraining(BaseModel):
     forget_weight: _Weight | None = None
     preserve_weight: _Weight | None = None
     precondition: _Weight | None = None
-    token_starts: Annotated[int, Field(ge=1)] | None = None
     sparse_weight: _Weight | None = None
     target_density: _Share | None = None
     min_density: _Share | None = None
@@ -160,9 +159,7 @@ class StaminaMethod:
         config = self.training.over(config)
         self._pipe, self._config = pipe, config
         seed = {"seed": concept.seed(config.seed)}
-        token = self.token.model_copy(update=seed)
-        self._preservation = Preservation(pipe, concept, config)
-        self._preservation.choose_start(add_custom_token(pipe, concept.token, token), token)
+        add_custom_token(pipe, concept.token, self.token.model_copy(update=seed))
         adapter = self.adapter.model_copy(update=seed)
         paths = apply_stamina(pipe, adapter, adapter_name=concept.name)
         if AttnProcessor2_0 in map(type, pipe.unet.attn_processors.values()):
@@ -170,7 +167,7 @@ class StaminaMethod:
         self._layers = {path: pipe.unet.get_submodule(path) for path in paths}
         self._total = sum(layer.weight.numel() for layer in self._layers.values())
         self._hinges = {path: DensityHinge(config, self._total) for path in paths}
-        self._preservation.hold(self._layers)
+        self._preservation = Preservation(pipe, concept, self._layers, config)
         self._measured: dict[str, float] = {}
         rates = {
             "factors": config.learning_rate,

@@ -15,14 +15,12 @@ many concepts there are: once it has, a step costs the same after every further 
 With the term at zero an earlier prompt draws the same pictures as before. D_l is the masked delta
 of this step, computed by the fused operator from the rows of H as from any other input.
 
-Three things follow from the same states, besides the term:
+The same states precondition the factor B:
 
     B = B' C      C = (I + eta H^T H / e)^(-1/2), e = tr(H^T H) / n_prompts
 
 is what the fused operator gets, B' what is trained: directions in which earlier prompts have much
-energy move less from the first step on, as a preconditioner makes them. And a new word's vector
-starts at the one of some random draws whose prompt has the most energy left under C (at a fixed
-eta): random words differ severalfold in how much of their states no earlier prompt shares.
+energy move less from the first step on.
 
 The forgetting term of the papers, sum (S (.) D)^2, asks which weights earlier concepts changed;
 this asks what a change does to earlier prompts. The term is this library's own. Related: the
@@ -31,23 +29,18 @@ and updates kept out of the space of earlier inputs (Liang and Li, arXiv 2404.00
 """
 
 from collections.abc import Callable, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from stamina_adapters.config import TokenConfig
-from stamina_adapters.tokens import token_starts
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.prompts import tokenize
 
 _CROSS_ATTENTION = "attn2"
 _NEGLIGIBLE = 1e-10
 """Directions with less than this share of the largest one's energy are fp32 rounding of states."""
-_START_STRENGTH = 30.0
-"""eta at which starts of a word are compared: half is left of a thirtieth of a prompt's energy."""
 
 
 def earlier_prompts(pipe: Any, concept: ConceptSpec) -> list[str]:
@@ -79,56 +72,42 @@ def factor(states: Tensor) -> Tensor:
     return (directions[:, kept] * energies[kept].sqrt()).t().float().contiguous()
 
 
+def preconditioner(H: Tensor, prompts: int, strength: float) -> Tensor:
+    """C [features, features] in fp32 at eta = strength; H as `factor` makes it of that many."""
+    gram = H.double().t() @ H.double()
+    energies, directions = torch.linalg.eigh(gram * (prompts / gram.trace()))
+    factors = (1 + strength * energies.clamp_min(0)).rsqrt()
+    return ((directions * factors) @ directions.t()).float()
+
+
 class Preservation:
-    """Earlier prompts of one concept. Made before it is learned: the states are encoded then.
+    """Earlier prompts of one concept. Made before it is learned: the states are encoded then."""
 
-    Uses of the configuration: preserve_weight (nu), precondition (eta), token_starts.
-    """
+    @torch.no_grad()
+    def __init__(
+        self, pipe: Any, concept: ConceptSpec, layers: Mapping[str, Any], config: TrainingConfig
+    ) -> None:
+        """`layers`: path -> adapted layer; those outside of cross-attention take no part.
 
-    def __init__(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> None:
-        self._pipe, self._concept, self._config = pipe, concept, config
-        self._states = encode(pipe, earlier_prompts(pipe, concept))
-        self._H = factor(self._states)
+        Preconditions them with eta = precondition, and makes the term with nu = preserve_weight.
+        """
+        chosen = {p: layer for p, layer in layers.items() if _CROSS_ATTENTION in p.split(".")}
         self._rows: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
-
-    def preconditioner(self, strength: float) -> Tensor:
-        """C [features, features] in fp32 at eta = strength."""
-        gram = self._H.double().t() @ self._H.double()
-        energies, directions = torch.linalg.eigh(gram * (len(self._states) / gram.trace()))
-        factors = (1 + strength * energies.clamp_min(0)).rsqrt()
-        return ((directions * factors) @ directions.t()).float()
-
-    @torch.no_grad()
-    def choose_start(self, module: nn.Module, config: TokenConfig) -> None:
-        """Give a live token's module the freest of its first `token_starts` random starts."""
-        C = self.preconditioner(_START_STRENGTH)
-        vector = module()
-        starts = token_starts(len(vector), vector.norm().item(), self._concept.token, config)
-        best, most = module.state_dict(), -1.0
-        for start in islice(starts, self._config.token_starts):
-            module.load_state_dict(start.state_dict())
-            states = encode(self._pipe, [self._concept.instance_prompt])
-            left = (states @ C).square().sum().item()
-            if left > most:
-                best, most = start.state_dict(), left
-        module.load_state_dict(best)
-
-    @torch.no_grad()
-    def hold(self, layers: Mapping[str, Any]) -> None:
-        """Take adapted layers, path -> layer; those outside of cross-attention take no part."""
-        chosen = {p: layer for p, layer in layers.items() if _CROSS_ATTENTION in p.split(".")}
-        if self._config.precondition:
-            C = self.preconditioner(self._config.precondition)
+        if not chosen or not (config.preserve_weight or config.precondition):
+            return
+        states = encode(pipe, earlier_prompts(pipe, concept))
+        H = factor(states)
+        if config.precondition:
+            C = preconditioner(H, len(states), config.precondition)
             for layer in chosen.values():
                 layer.set_preconditioner(C.to(layer.weight.device))
-        if not self._config.preserve_weight:
-            return
-        for path, layer in chosen.items():
-            size = F.linear(self._states.to(layer.weight), layer.weight)
-            energy = size.float().square().sum(-1).mean()
-            self._rows[path] = self._H.to(layer.weight)
-            self._weights[path] = self._config.preserve_weight / (len(chosen) * energy)
+        if config.preserve_weight:
+            for path, layer in chosen.items():
+                size = F.linear(states.to(layer.weight), layer.weight)
+                energy = size.float().square().sum(-1).mean()
+                self._rows[path] = H.to(layer.weight)
+                self._weights[path] = config.preserve_weight / (len(chosen) * energy)
 
     def term(self, change: Callable[[str, Tensor], Tensor]) -> Tensor | None:
         """The term, 0-dim fp32; `change(path, H)` is H D^T of a layer. None where it has none."""

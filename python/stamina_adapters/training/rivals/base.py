@@ -111,16 +111,14 @@ class RivalMethod:
     def _token(self) -> TokenConfig:
         return self._settings.token
 
-    def _add_token(self, config: TokenConfig) -> nn.Module:
-        return add_custom_token(self._pipe, self._concept.token, config)
-
     # ---- the protocol
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
         self._pipe, self._config, self._concept = pipe, config, concept
         targets = self._targets(pipe)
         seed = concept.seed(config.seed)
-        token = self._add_token(self._token().model_copy(update={"seed": seed}))
+        seeded = self._token().model_copy(update={"seed": seed})
+        token = add_custom_token(pipe, concept.token, seeded)
         for path, layer in targets.items():
             number = init_seed(StaminaConfig(seed=seed), layer_id(concept.name, path))
             generator = torch.Generator().manual_seed(number)

@@ -220,11 +220,6 @@ class MaskedMethod(RivalMethod):
         token: TokenConfig = self._settings.stamina.token
         return token
 
-    def _add_token(self, config: TokenConfig) -> nn.Module:
-        module = super()._add_token(config)
-        self._preservation.choose_start(module, config)
-        return module
-
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
         config = self._settings.stamina.training.over(config)
         seed = {"seed": concept.seed(config.seed)}
@@ -237,11 +232,10 @@ class MaskedMethod(RivalMethod):
         self._mask_seed = mask_seed(self._adapter, concept.name)
         self._step = 0
         self._measured: dict[str, float] = {}
-        self._preservation = Preservation(pipe, concept, config)
         groups = super().attach(pipe, concept, config)
         self._total = sum(layer.weight.numel() for layer in self._layers.values())
         self._hinges = {path: DensityHinge(config, self._total) for path in self._layers}
-        self._preservation.hold(self._layers)
+        self._preservation = Preservation(pipe, concept, self._layers, config)
         return groups
 
     def _logits(
