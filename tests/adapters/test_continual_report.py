@@ -17,6 +17,7 @@ from stamina_adapters.continual.report.heat import (
 )
 from stamina_adapters.continual.report.results import read_results
 from stamina_adapters.continual.report.stats import moving_mean, spread
+from stamina_adapters.continual.report.tables import growth_table
 from stamina_adapters.continual.rows import (
     CheckpointRow,
     ConceptRow,
@@ -304,6 +305,26 @@ def test_rows_that_cannot_be_read_are_told(tmp_path, write_it, words):
 def test_a_missing_folder_is_told(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         read_results([tmp_path / "absent"])
+
+
+def test_the_first_and_the_last_ten_stand_beside_each_other(tmp_path):
+    rows = made_run("stamina", 0, 50, tires=0.01)
+    (tmp_path / "rows.jsonl").write_text("".join(map(to_line, rows)))
+    (benchmark,) = read_results([tmp_path]).benchmarks
+    table = growth_table(benchmark)
+    learned = [row for row in rows if isinstance(row, ConceptRow)]
+    for first, figures, digits in (
+        (1, [row.accuracy for row in learned], 2),
+        (3, [row.seconds for row in learned], 1),
+        (5, [row.peak_mib for row in learned], 0),
+    ):
+        expected = [f"{sum(part) / 10:.{digits}f}" for part in (figures[:10], figures[40:])]
+        assert list(table.rows[0][first : first + 2]) == expected
+    assert table.rows[0][1] > table.rows[0][2]
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "rows.jsonl").write_text("".join(map(to_line, made_run("stamina", 0, 10))))
+    assert growth_table(read_results([short]).benchmarks[0]) is None
 
 
 def test_curves_and_matrices_hold_the_rows_figures(tmp_path):

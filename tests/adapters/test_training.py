@@ -218,7 +218,12 @@ def test_density_follows_its_target(pipe, target):
     """Neither collapsed nor full: the band is the hinge's target and its floor, with the step
     that AdamW overshoots."""
     trainer = _trainer(
-        pipe, max_train_steps=80, target_density=target, mask_learning_rate=5e-3, density_every=2
+        pipe,
+        max_train_steps=80,
+        target_density=target,
+        min_density=0.05,
+        mask_learning_rate=5e-3,
+        density_every=2,
     )
     _, log = trainer.learn(_concept(), _dataset())
     assert log.steps[0].density > 0.7

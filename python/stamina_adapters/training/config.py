@@ -35,8 +35,8 @@ class TrainingConfig(BaseModel):
     max_train_steps: int = Field(100, ge=1, description="optimiser steps for each concept")
     train_batch_size: int = Field(8, ge=1, description="latents in a step")
     learning_rate: float = Field(2e-2, gt=0, description="rate of the low-rank factors A and B")
-    mask_learning_rate: float = Field(3e-3, gt=0, description="rate of the mask generators")
-    token_learning_rate: float = Field(3e-3, gt=0, description="rate of the token's MLP")
+    mask_learning_rate: float = Field(2e-2, gt=0, description="rate of the mask generators")
+    token_learning_rate: float = Field(1e-1, gt=0, description="rate of the token's MLP")
     lr_scheduler: Literal["constant", "linear"] = Field(
         "linear", description="rates stay, or fall linearly to 0 over a concept's steps"
     )
@@ -57,8 +57,8 @@ class TrainingConfig(BaseModel):
         10.0, ge=0, description="eta: how much less B moves where earlier prompts are; 0: no less"
     )
     sparse_weight: float = Field(1.0, ge=0, description="mu of the density hinges; 0: none")
-    target_density: float = Field(0.3, gt=0, lt=1, description="density the masks come down to")
-    min_density: float = Field(0.05, ge=0, lt=1, description="density they are kept above")
+    target_density: float = Field(0.25, gt=0, lt=1, description="density the masks come down to")
+    min_density: float = Field(0.15, ge=0, lt=1, description="density they are kept above")
     sparse_start: float = Field(
         0.1, ge=0, le=1, description="part of the steps after which the target comes down"
     )

@@ -18,6 +18,7 @@ from stamina_adapters.continual.report.tables import (
     Table,
     ablation_table,
     cost_table,
+    growth_table,
     mask_table,
     pair_table,
     quality_table,
@@ -125,6 +126,16 @@ def _pairs(benchmark: Benchmark) -> str:
     )
 
 
+def _growth(benchmark: Benchmark) -> str:
+    made = growth_table(benchmark)
+    if made is None:
+        return ""
+    return (
+        "<h2>The first ten and the last ten</h2><p class='soft'>Whether a method still learns, at "
+        "the same cost, after dozens of concepts.</p>" + _html_table(made)
+    )
+
+
 def _masks(benchmark: Benchmark) -> str:
     masks = mask_table(benchmark)
     if masks is None:
@@ -162,6 +173,7 @@ one that never learned them, so it stands beside accuracy right after learning. 
 to real pictures at the end. Lower is better for both and for KID.</p>
 {_html_table(quality_table(benchmark, count))}
 {shorter}
+{_growth(benchmark)}
 {_figure(accuracy_figure(benchmark), "accuracy over tasks")}
 {_figure(balance_figure(benchmark), "accuracy after learning and at the end", "half")}
 {_figure(distance_figure(benchmark), "A_mmd, F_mmd and accuracy after learning over tasks")}
@@ -232,6 +244,7 @@ def markdown(results: Results) -> str:
             continue
         tables: Sequence[tuple[str, Table | None]] = (
             ("Learned and kept", quality_table(benchmark, count)),
+            ("The first ten and the last ten", growth_table(benchmark)),
             ("Cost", cost_table(benchmark, count)),
             ("Masks", mask_table(benchmark)),
             ("Two concepts in one prompt", pair_table(benchmark)),

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from stamina_adapters.continual.report.results import Benchmark, Run
 from stamina_adapters.continual.report.stats import spread, text
-from stamina_adapters.continual.rows import SummaryRow, TuningRow
+from stamina_adapters.continual.rows import ConceptRow, SummaryRow, TuningRow
 
 _DASH = "\N{EN DASH}"
+_TEN = 10
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,39 @@ def quality_table(benchmark: Benchmark, concepts: int) -> Table:
 def cost_table(benchmark: Benchmark, concepts: int) -> Table:
     """Parameters, time and memory, one row for each method."""
     return _table(benchmark, concepts, _COST)
+
+
+def growth_table(benchmark: Benchmark) -> Table | None:
+    """The first ten concepts beside the last ten: what is learned of each, and what each costs.
+
+    None where a benchmark has fewer than twenty concepts.
+    """
+    if benchmark.concepts < 2 * _TEN:
+        return None
+    values: tuple[tuple[Callable[[ConceptRow], float | None], int], ...] = (
+        (lambda row: row.accuracy, 2),
+        (lambda row: row.seconds, 1),
+        (lambda row: row.peak_mib, 0),
+    )
+    rows = []
+    for name in benchmark.finished():
+        whole = [run for run in benchmark.methods[name] if run.learned == benchmark.concepts]
+        cells = [
+            text(whole, lambda run, v=value, p=part: _mean(v, run.concepts[p]), digits)  # type: ignore[misc]
+            for value, digits in values
+            for part in (slice(None, _TEN), slice(-_TEN, None))
+        ]
+        rows.append([name, *cells])
+    titles = ("accuracy after learning", "s / concept", "peak MiB")
+    return Table(
+        ["method", *(f"{title}, {part} ten" for title in titles for part in ("first", "last"))],
+        rows,
+    )
+
+
+def _mean(value: Callable[[ConceptRow], float | None], rows: Sequence[ConceptRow]) -> float | None:
+    found = spread(map(value, rows))
+    return None if found is None else found.mean
 
 
 def ablation_table(benchmark: Benchmark, concepts: int) -> Table:
