@@ -30,6 +30,23 @@ FIELDS = tl.constexpr(15)
 
 
 @triton.jit
+def locate(p_tiles, p_table, index, FIELDS: tl.constexpr):
+    """Of the flat tile `index`: the table's row that it belongs to, and its number among its tiles.
+
+    p_tiles int32 [tiles, 2] lists the tiles that exist (`group.tile_list`).
+    """
+    p_tile = p_tiles + 2 * tl.cast(index, tl.int64)
+    return p_table + tl.load(p_tile).to(tl.int64) * FIELDS, tl.load(p_tile + 1)
+
+
+@triton.jit
+def corner(this_tile, columns, BO: tl.constexpr, BI: tl.constexpr):
+    """First row (int64) and column of a member's tile; the tiles of a row come one after another."""
+    column_tiles = (columns + BI - 1) // BI
+    return (this_tile // column_tiles * BO).to(tl.int64), this_tile % column_tiles * BI
+
+
+@triton.jit
 def field(p_member, NAME: tl.constexpr):
     """A field that fits 32 bits: sizes and ranks, which multiply offsets inside a tile."""
     return tl.load(p_member + NAME).to(tl.int32)
