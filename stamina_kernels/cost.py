@@ -24,13 +24,16 @@ multiprocessors. A dtype of 4 bytes multiplies on the ordinary units: two flops 
 import json
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 _log = logging.getLogger(__name__)
 STRATEGIES = ("compose", "generate")
-_VARIABLE = "STAMINA_STRATEGY"
+VARIABLE = "STAMINA_STRATEGY"
+_forced: str | None = None
 _DEVICES = Path(__file__).with_name("devices.json")
 _TOKEN_TILE, _ROW_TILE = 128, 64  # of the generating GEMM
 _MAX_PIPELINED_RANK = 32
@@ -102,14 +105,15 @@ class Launch(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The chosen strategy, both estimates, and why in a sentence."""
+    """The chosen strategy, why in a sentence, and the launches of both."""
 
     strategy: str
-    launches: dict[str, list[Launch]]
     reason: str
+    launches: dict[str, list[Launch]]
 
-    def seconds(self, strategy: str) -> float:
-        return sum(launch.seconds for launch in self.launches[strategy])
+
+def total_seconds(launches: Sequence[Launch]) -> float:
+    return sum(launch.seconds for launch in launches)
 
 
 @cache
@@ -194,39 +198,52 @@ def estimate(device: Device, problem: Problem) -> dict[str, list[Launch]]:
 
 
 @cache
-def choose(device_name: str, problem: Problem) -> Choice:
-    """The faster strategy by `estimate`; STAMINA_STRATEGY=compose or generate overrides it.
+def choose(device_name: str, problem: Problem, override: str | None = None) -> Choice:
+    """The faster strategy by `estimate`, or `override`; logged once for every problem.
 
-    Raises ValueError for another value of STAMINA_STRATEGY.
+    Raises ValueError for an override that is not a strategy.
     """
-    device = find_device(device_name)
-    launches = estimate(device, problem)
-    seconds = {name: sum(launch.seconds for launch in launches[name]) for name in STRATEGIES}
-    wanted = os.environ.get(_VARIABLE)
-    if wanted:
-        if wanted not in STRATEGIES:
-            raise ValueError(f"{_VARIABLE} must be {' or '.join(STRATEGIES)}, got {wanted!r}")
-        return Choice(wanted, launches, f"{_VARIABLE} says so")
-    if problem.rank > _MAX_PIPELINED_RANK:
-        reason = f"rank {problem.rank} > {_MAX_PIPELINED_RANK}: generate's loop is not pipelined"
-        return Choice("compose", launches, reason)
-    best = min(STRATEGIES, key=lambda name: seconds[name])
-    other = next(name for name in STRATEGIES if name != best)
-    slowest = max(launches[other], key=lambda launch: launch.seconds)
-    reason = (
-        f"{seconds[best] * 1e6:.1f} us against {seconds[other] * 1e6:.1f} us: {other}'s "
-        f"{slowest.what} waits for {slowest.bound}"
-    )
-    return Choice(best, launches, reason)
-
-
-@cache
-def strategy(device_name: str, problem: Problem) -> str:
-    """The name of the chosen strategy, logged once for every problem."""
-    choice = choose(device_name, problem)
+    launches = estimate(find_device(device_name), problem)
+    choice = Choice(*_pick(launches, problem, override), launches)
     _log.info(
-        "strategy %r for %d x %d, %d tokens on %s: %s",
+        "strategy %r for %d x %d and %d tokens on %s: %s",
         choice.strategy, problem.out_features, problem.in_features, problem.tokens, device_name,
         choice.reason,
     )  # fmt: skip
-    return choice.strategy
+    return choice
+
+
+def _pick(
+    launches: dict[str, list[Launch]], problem: Problem, override: str | None
+) -> tuple[str, str]:
+    if override is not None:
+        if override not in STRATEGIES:
+            raise ValueError(f"{VARIABLE} must be {' or '.join(STRATEGIES)}, got {override!r}")
+        return override, f"{VARIABLE} says so"
+    if problem.rank > _MAX_PIPELINED_RANK:
+        return "compose", (
+            f"the loop that makes W_eff is not pipelined above rank {_MAX_PIPELINED_RANK}"
+        )
+    seconds = {name: total_seconds(launches[name]) for name in STRATEGIES}
+    best, other = sorted(STRATEGIES, key=lambda name: seconds[name])
+    slowest = max(launches[other], key=lambda launch: launch.seconds)
+    return best, (
+        f"{seconds[best] * 1e6:.1f} us against {seconds[other] * 1e6:.1f} us, where "
+        f"'{slowest.what}' waits for {slowest.bound}"
+    )
+
+
+def strategy(device_name: str, problem: Problem) -> str:
+    """`choose`'s, where neither `forced` nor the environment variable STAMINA_STRATEGY says."""
+    return choose(device_name, problem, _forced or os.environ.get(VARIABLE) or None).strategy
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Use one strategy for all calls in this process inside the block."""
+    global _forced
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous

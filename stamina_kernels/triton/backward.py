@@ -122,9 +122,7 @@ def backward_kernel(
     Zero where a member has no such tile.
     """
     first_rank = tl.program_id(0) % PASSES * BR
-    p_member, this_tile = tile.locate(
-        p_tiles, p_members, tl.program_id(0) // PASSES, tile.FIELDS
-    )
+    p_member, this_tile = tile.locate(p_tiles, p_members, tl.program_id(0) // PASSES, tile.FIELDS)
     row, col = tile.corner(this_tile, in_features, BO, BI)
     o_row, m_row = tile.span(row, tile.field(p_member, tile.OUT_FEATURES), BO)
     o_col, m_col = tile.span(col, in_features, BI)
@@ -132,9 +130,7 @@ def backward_kernel(
     member = tl.load(p_member + tile.MEMBER)
     scale = tl.load(p_scale)
 
-    b_logit = member_logits(
-        p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col
-    )
+    b_logit = member_logits(p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col)
     b_slope = soft_slope_tile(
         p_seed, p_step, p_member, p_tau, b_logit, row, col, o_row, HARD, QUADS
     )

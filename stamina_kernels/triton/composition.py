@@ -29,7 +29,7 @@ def compose_kernel(
     BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs, which share the tiles of all members out among themselves."""
-    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
         p_member, this_tile = tile.locate(p_tiles, p_members, index, tile.FIELDS)
         row, col = tile.corner(this_tile, in_features, BO, BI)
         o_row, m_row = tile.span(row, tile.field(p_member, tile.OUT_FEATURES), BO)
@@ -66,7 +66,7 @@ def sample_compose_kernel(
     holds M = 1, then M = 1 and S != 0; all are zero where a member has no such tile. p_effective
     may be None: bits and statistics alone.
     """
-    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
         p_member, this_tile = tile.locate(p_tiles, p_members, index, tile.FIELDS)
         row, col = tile.corner(this_tile, in_features, BO, BI)
         o_row, m_row = tile.span(row, tile.field(p_member, tile.OUT_FEATURES), BO)

@@ -31,7 +31,7 @@ def fold_kernel(
     BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs, which share the tiles of all layers; p_overflow int32 [tiles]."""
-    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
         p_layer, this_tile = tile.locate(p_tiles, p_layers, index, LAYER_FIELDS)
         rows = tile.field(p_layer, LAYER_OUT)
         columns = tile.field(p_layer, LAYER_IN)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every launch needs: the device, its options, the tiles that exist, the number of programs."""
+"""What every launch needs: the device, its options, the tiles that exist, how many programs."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

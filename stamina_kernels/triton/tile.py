@@ -5,6 +5,9 @@ Formulas: `stamina_kernels/reference.py`. Names: p_ pointer, b_ tile, o_ offset,
 that is handed to a function is already advanced, in int64, to the tile's first row or column;
 offsets inside a tile are int32, which halves the registers that addresses take. The functions are
 inlined into the kernels that call them.
+
+Loops over tiles disable the hoisting of what does not change from tile to tile: kept in registers
+for a whole tile, it costs more than computing it again (sample on sm_90: 70 registers, then 55).
 """
 
 import triton
@@ -41,7 +44,7 @@ def locate(p_tiles, p_table, index, FIELDS: tl.constexpr):
 
 @triton.jit
 def corner(this_tile, columns, BO: tl.constexpr, BI: tl.constexpr):
-    """First row (int64) and column of a member's tile; the tiles of a row come one after another."""
+    """First row (int64) and column of a member's tile; those of a row come one after another."""
     column_tiles = (columns + BI - 1) // BI
     return (this_tile // column_tiles * BO).to(tl.int64), this_tile % column_tiles * BI
 
