@@ -106,8 +106,8 @@ def cases() -> Iterator[Case]:
 
 
 _POINTERS = {
-    "p_tiles": "*i32", "p_members": "*i64", "p_layers": "*i64", "p_adapters": "*i64", "p_seed": "*i64",
-    "p_step": "*i64", "p_bits": "*i32", "p_counts": "*i32", "p_overflow": "*i32",
+    "p_tiles": "*i32", "p_members": "*i64", "p_layers": "*i64", "p_adapters": "*i64",
+    "p_seed": "*i64", "p_step": "*i64", "p_bits": "*i32", "p_counts": "*i32", "p_overflow": "*i32",
 }  # fmt: skip
 _ACTIVATIONS = ("p_x", "p_dy", "p_y", "p_effective")
 # 77 tokens a prompt: not a multiple of 16, nor are numbers of tiles

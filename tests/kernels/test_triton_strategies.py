@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both strategies of the Triton backend, and tiles shared out among programs, against the oracle."""
+"""Both strategies of the Triton backend against the oracle, and tiles shared among programs."""
 
 from dataclasses import replace
 
