@@ -38,8 +38,8 @@ _DEVICES = Path(__file__).with_name("devices.json")
 _TOKEN_TILE, _ROW_TILE = 128, 64  # of the generating GEMM
 _MAX_PIPELINED_RANK = 32
 
-# Instructions a thread issues per weight at rank 16: estimates from the source (ten Philox rounds for
-# four weights, a chain of 16 multiply-adds, a sigmoid), neither counted from SASS nor measured.
+# Instructions a thread issues per weight at rank 16: estimates from the source (ten Philox rounds
+# for four weights, a chain of 16 multiply-adds, a sigmoid), neither counted from SASS nor measured.
 _MASK_RANK = 16
 _LOGITS_PER_RANK = 1.3
 _DRAW, _DRAW_HARD = 60.0, 12.0
