@@ -21,7 +21,7 @@ bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks plot bench-$(SUITE).json --output bench-output
 
 aot: $(INSTALLED)
-	$(PYTHON) -m pytest -m aot tests/kernels
+	$(PYTHON) -m pytest -m aot --all-archs tests/kernels
 
 # The C++ backend with AddressSanitizer and UndefinedBehaviorSanitizer, then with ThreadSanitizer.
 sanitize: $(INSTALLED)

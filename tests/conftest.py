@@ -9,6 +9,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-archs",
+        action="store_true",
+        help="compile the Triton kernels ahead of time for every architecture, not sm_90 alone",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """Uninitialised tensors hold NaN (or the largest integer), so an unwritten output shows."""

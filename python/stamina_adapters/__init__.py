@@ -36,13 +36,18 @@ from stamina_adapters.inject import (
     stamina_statistics,
 )
 from stamina_adapters.linear import StaminaLinear
-from stamina_adapters.processors import StaminaAttnProcessor2_0, set_stamina_attn_processor
+from stamina_adapters.processors import (
+    StaminaAttnProcessor2_0,
+    StaminaXFormersAttnProcessor,
+    set_stamina_attn_processor,
+)
 from stamina_adapters.tokens import add_custom_token, fold_custom_token, remove_custom_token
 
 __all__ = [
     "AdapterInfo",
     "ConceptState",
     "StaminaAttnProcessor2_0",
+    "StaminaXFormersAttnProcessor",
     "StaminaConfig",
     "StaminaLinear",
     "TokenConfig",

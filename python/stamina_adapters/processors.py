@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention processor that computes the projections which share an input in one launch."""
+"""Attention processors that compute the projections which share an input in one launch."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -41,15 +42,13 @@ class StaminaAttnProcessor2_0:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         query, key, value = self._project(attn, hidden_states, encoder_hidden_states)
-        query, key, value = (
-            t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value)
-        )
+        query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, value))
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+        hidden_states = self._attend(attn, query, key, value, attention_mask)
+        hidden_states = hidden_states.flatten(2).to(query.dtype)
 
         hidden_states = attn.to_out[0](hidden_states)
         hidden_states = attn.to_out[1](hidden_states)
@@ -68,26 +67,69 @@ class StaminaAttnProcessor2_0:
         query = attn.to_q(hidden_states)
         return [query, *project_together([attn.to_k, attn.to_v], encoded)]
 
+    def _attend(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of [batch, length, heads, width]; the mask is added, [batch, heads, ...]."""
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+class StaminaXFormersAttnProcessor(StaminaAttnProcessor2_0):
+    """`StaminaAttnProcessor2_0` with the attention itself computed by xformers.
+
+    attention_op is xformers' operator, None lets it choose. Raises ImportError without xformers.
+    """
+
+    def __init__(self, attention_op: Any = None) -> None:
+        import xformers.ops
+
+        self.attention_op = attention_op
+        self._attention: Callable[..., Tensor] = xformers.ops.memory_efficient_attention
+
+    def _attend(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        if mask is not None:
+            # xformers does not broadcast over the queries
+            mask = mask.expand(-1, -1, query.shape[1], -1)
+        query, key, value = (t.contiguous() for t in (query, key, value))
+        return self._attention(
+            query, key, value, attn_bias=mask, op=self.attention_op, scale=attn.scale
+        )
+
+
+def _stamina_processor(processor: Any) -> Any:
+    """Our processor in the place of one of diffusers', or None where there is none."""
+    from diffusers.models import attention_processor as stock
+
+    if type(processor) is stock.AttnProcessor2_0:
+        return StaminaAttnProcessor2_0()
+    if type(processor) is stock.XFormersAttnProcessor:
+        return StaminaXFormersAttnProcessor(processor.attention_op)
+    return None
+
 
 def set_stamina_attn_processor(pipe_or_unet: Any) -> list[str]:
-    """Put `StaminaAttnProcessor2_0` where diffusers' default processor is; returns those names.
+    """Put our processors where diffusers' default or xFormers processor is; returns those names.
 
-    Other processors (IP-Adapter, xFormers, slicing) stay: adapters work under them, one launch per
-    layer. `unload_stamina` puts the default back. Raises TypeError for a model without processors,
-    ValueError where none of them is the default.
+    Other processors (IP-Adapter, slicing) stay: adapters work under them, one launch per layer.
+    `unload_stamina` puts the replaced ones back. Raises TypeError for a model without processors,
+    ValueError where none of them can be replaced.
     """
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
     model: Any = adapted_model(pipe_or_unet)
     if not hasattr(model, "attn_processors"):
         raise TypeError(f"{type(model).__name__} has no attention processors")
     processors = model.attn_processors
-    replaced = {k: p for k, p in processors.items() if type(p) is AttnProcessor2_0}
+    ours = {name: _stamina_processor(processor) for name, processor in processors.items()}
+    replaced = {name: p for name, p in processors.items() if ours[name] is not None}
     if not replaced:
         kinds = sorted({type(p).__name__ for p in processors.values()})
-        raise ValueError(f"no processor is AttnProcessor2_0, there are only {', '.join(kinds)}")
-    processor = StaminaAttnProcessor2_0()
-    model.set_attn_processor({k: processor if k in replaced else p for k, p in processors.items()})
+        raise ValueError(
+            "no processor is AttnProcessor2_0 or XFormersAttnProcessor, there are only "
+            f"{', '.join(kinds)}"
+        )
+    model.set_attn_processor({name: ours[name] or p for name, p in processors.items()})
     state = find_state(model) or ModelState()
     state.replaced_processors.update(replaced)
     keep_state(model, state)

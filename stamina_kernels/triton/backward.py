@@ -108,80 +108,72 @@ def contract(
 
 @triton.jit
 def backward_kernel(
-    p_members, p_factors, p_dy, p_x, p_bits, p_scale, p_tau, p_seed, p_step, p_g_forget, p_g_sparse,
-    p_left_parts, p_right_parts, p_logit_parts,
-    tokens, total_out, in_features, left_size, right_size,
+    p_tiles, p_members, p_factors, p_dy, p_x, p_bits, p_scale, p_tau, p_seed, p_step,
+    p_g_forget, p_g_sparse, p_left_parts, p_right_parts, p_logit_parts,
+    most_tiles, tokens, total_out, in_features, left_size, right_size,
     DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
     HARD: tl.constexpr, QUADS: tl.constexpr, RELU: tl.constexpr, HAS_INITIAL: tl.constexpr,
     PASSES: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: row tiles of the tallest member, column tiles x PASSES, members.
+    """Grid: tiles of all members x PASSES.
 
     p_left_parts [column tiles, left_size]: dA of all members, then dU, as packed in the factors.
-    p_right_parts [row tiles, right_size]: dB, then dV. p_logit_parts [members, row tiles, column
-    tiles]: db. Zero where a member has no such tile.
+    p_right_parts [row tiles, right_size]: dB, then dV. p_logit_parts [members, most_tiles]: db.
+    Zero where a member has no such tile.
     """
-    p_member = p_members + tl.program_id(2) * tile.FIELDS
-    rows = tile.field(p_member, tile.OUT_FEATURES)
-    row = (tl.program_id(0) * BO).to(tl.int64)
-    column_tile = tl.program_id(1) // PASSES
-    first_rank = tl.program_id(1) % PASSES * BR
-    col = column_tile * BI
-    if row < rows:
-        o_row, m_row = tile.span(row, rows, BO)
-        o_col, m_col = tile.span(col, in_features, BI)
-        stacked = tl.load(p_member + tile.FIRST_ROW) + row
-        member = tl.load(p_member + tile.MEMBER)
-        scale = tl.load(p_scale)
+    first_rank = tl.program_id(0) % PASSES * BR
+    p_member, this_tile = tile.locate(p_tiles, p_members, tl.program_id(0) // PASSES, tile.FIELDS)
+    row, col = tile.corner(this_tile, in_features, BO, BI)
+    o_row, m_row = tile.span(row, tile.field(p_member, tile.OUT_FEATURES), BO)
+    o_col, m_col = tile.span(col, in_features, BI)
+    stacked = tl.load(p_member + tile.FIRST_ROW) + row
+    member = tl.load(p_member + tile.MEMBER)
+    scale = tl.load(p_scale)
 
-        b_logit = member_logits(
-            p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col
-        )
-        b_slope = soft_slope_tile(
-            p_seed, p_step, p_member, p_tau, b_logit, row, col, o_row, HARD, QUADS
-        )
-        b_sparse = (b_logit > 0).to(tl.float32) if RELU else sigmoid_slope(b_logit)
-        b_sparse = tl.load(p_g_sparse + member) * b_sparse
-        b_sparse = tl.where(m_row[:, None] & m_col[None, :], b_sparse, 0.0)
-        b_product = member_product(
-            p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col, BR, PRECISION
-        )
-        b_grad = tl.zeros([BO, BI], tl.float32)
-        if HAS_INITIAL:
-            b_grad = 2.0 * tl.load(p_g_forget + member) * scale * forget_tile(
-                p_member, p_bits, b_product, stacked, row, col, in_features,
-                o_row, m_row, o_col, m_col, DTYPE, ALIGNMENT,
-            )  # fmt: skip
-        b_grad = outer_tile(
-            b_grad, p_dy + stacked, p_x + col, tokens, total_out, in_features,
-            o_row, m_row, o_col, m_col, BN, PRECISION,
+    b_logit = member_logits(p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col)
+    b_slope = soft_slope_tile(
+        p_seed, p_step, p_member, p_tau, b_logit, row, col, o_row, HARD, QUADS
+    )
+    b_sparse = (b_logit > 0).to(tl.float32) if RELU else sigmoid_slope(b_logit)
+    b_sparse = tl.load(p_g_sparse + member) * b_sparse
+    b_sparse = tl.where(m_row[:, None] & m_col[None, :], b_sparse, 0.0)
+    b_product = member_product(
+        p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col, BR, PRECISION
+    )
+    b_grad = tl.zeros([BO, BI], tl.float32)
+    if HAS_INITIAL:
+        b_grad = 2.0 * tl.load(p_g_forget + member) * scale * forget_tile(
+            p_member, p_bits, b_product, stacked, row, col, in_features,
+            o_row, m_row, o_col, m_col, DTYPE, ALIGNMENT,
         )  # fmt: skip
-        b_mask = stored_mask(p_bits, stacked, col, in_features, o_row, m_row, o_col)
-        b_masked = scale * tl.where(b_mask, b_grad, 0.0)
-        b_dL = scale * b_product * b_slope * b_grad + b_sparse
+    b_grad = outer_tile(
+        b_grad, p_dy + stacked, p_x + col, tokens, total_out, in_features,
+        o_row, m_row, o_col, m_col, BN, PRECISION,
+    )  # fmt: skip
+    b_mask = stored_mask(p_bits, stacked, col, in_features, o_row, m_row, o_col)
+    b_masked = scale * tl.where(b_mask, b_grad, 0.0)
+    b_dL = scale * b_product * b_slope * b_grad + b_sparse
 
-        rank = tile.field(p_member, tile.RANK)
-        mask_rank = tile.field(p_member, tile.MASK_RANK)
-        o_A = tl.load(p_member + tile.OFFSET_A) + row * rank + first_rank
-        o_U = tl.load(p_member + tile.OFFSET_U) + row * mask_rank + first_rank
-        corner = first_rank.to(tl.int64) * in_features + col
-        o_B = tl.load(p_member + tile.OFFSET_B) + corner
-        o_V = tl.load(p_member + tile.OFFSET_V) + corner
-        p_left_part = p_left_parts + column_tile.to(tl.int64) * left_size
-        p_right_part = p_right_parts + tl.program_id(0).to(tl.int64) * right_size - left_size
-        # a loop, because both contractions in one block of code would not fit the registers
-        for side in range(2):
-            logits = side == 1
-            o_left = tl.where(logits, o_U, o_A)
-            o_right = tl.where(logits, o_V, o_B)
-            contract(
-                tl.where(logits, b_dL, b_masked),
-                p_factors + o_left, p_factors + o_right,
-                p_left_part + o_left, p_right_part + o_right,
-                tl.where(logits, mask_rank, rank), first_rank, in_features,
-                o_row, m_row, o_col, m_col, BR, PRECISION,
-            )  # fmt: skip
-        if first_rank == 0:
-            column_tiles = tl.num_programs(1) // PASSES
-            o_part = (member * tl.num_programs(0) + tl.program_id(0)) * column_tiles + column_tile
-            tl.store(p_logit_parts + o_part, tl.sum(b_dL))
+    rank = tile.field(p_member, tile.RANK)
+    mask_rank = tile.field(p_member, tile.MASK_RANK)
+    o_A = tl.load(p_member + tile.OFFSET_A) + row * rank + first_rank
+    o_U = tl.load(p_member + tile.OFFSET_U) + row * mask_rank + first_rank
+    corner = first_rank.to(tl.int64) * in_features + col
+    o_B = tl.load(p_member + tile.OFFSET_B) + corner
+    o_V = tl.load(p_member + tile.OFFSET_V) + corner
+    p_left_part = p_left_parts + (col // BI).to(tl.int64) * left_size
+    p_right_part = p_right_parts + row // BO * right_size - left_size
+    # a loop, because both contractions in one block of code would not fit the registers
+    for side in range(2):
+        logits = side == 1
+        o_left = tl.where(logits, o_U, o_A)
+        o_right = tl.where(logits, o_V, o_B)
+        contract(
+            tl.where(logits, b_dL, b_masked),
+            p_factors + o_left, p_factors + o_right,
+            p_left_part + o_left, p_right_part + o_right,
+            tl.where(logits, mask_rank, rank), first_rank, in_features,
+            o_row, m_row, o_col, m_col, BR, PRECISION,
+        )  # fmt: skip
+    if first_rank == 0:
+        tl.store(p_logit_parts + member * most_tiles + this_tile, tl.sum(b_dL))

@@ -24,17 +24,15 @@ def member_product(
 
 @triton.jit
 def compose_kernel(
-    p_members, p_factors, p_scale, p_bits, p_effective, in_features,
+    p_tiles, p_members, p_factors, p_scale, p_bits, p_effective, tiles, in_features,
     DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Grid: row tiles of the tallest member, column tiles, members."""
-    p_member = p_members + tl.program_id(2) * tile.FIELDS
-    rows = tile.field(p_member, tile.OUT_FEATURES)
-    row = (tl.program_id(0) * BO).to(tl.int64)
-    col = tl.program_id(1) * BI
-    if row < rows:
-        o_row, m_row = tile.span(row, rows, BO)
+    """Any number of programs, which share the tiles of all members out among themselves."""
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        p_member, this_tile = tile.locate(p_tiles, p_members, index, tile.FIELDS)
+        row, col = tile.corner(this_tile, in_features, BO, BI)
+        o_row, m_row = tile.span(row, tile.field(p_member, tile.OUT_FEATURES), BO)
         o_col, m_col = tile.span(col, in_features, BI)
         b_product = member_product(
             p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col, BR, PRECISION
@@ -56,23 +54,22 @@ def compose_kernel(
 
 @triton.jit
 def sample_compose_kernel(
-    p_members, p_factors, p_scale, p_seed, p_step, p_effective, p_bits,
-    p_forget, p_sparse, p_counts, in_features,
+    p_tiles, p_members, p_factors, p_scale, p_seed, p_step, p_effective, p_bits,
+    p_forget, p_sparse, p_counts, tiles, most_tiles, in_features,
     DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
     HARD: tl.constexpr, QUADS: tl.constexpr, RELU: tl.constexpr, HAS_INITIAL: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Grid as `compose_kernel`. Also writes the bits and every tile's part of the statistics.
+    """As `compose_kernel`; also draws the bits and writes every tile's part of the statistics.
 
-    p_forget and p_sparse fp32 are [members, tiles], p_counts int32 [members, 2, tiles] holds
-    M = 1, then M = 1 and S != 0; all are zero where a member has no such tile.
+    p_forget and p_sparse fp32 are [members, most_tiles], p_counts int32 [members, 2, most_tiles]
+    holds M = 1, then M = 1 and S != 0; all are zero where a member has no such tile. p_effective
+    may be None: bits and statistics alone.
     """
-    p_member = p_members + tl.program_id(2) * tile.FIELDS
-    rows = tile.field(p_member, tile.OUT_FEATURES)
-    row = (tl.program_id(0) * BO).to(tl.int64)
-    col = tl.program_id(1) * BI
-    if row < rows:
-        o_row, m_row = tile.span(row, rows, BO)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        p_member, this_tile = tile.locate(p_tiles, p_members, index, tile.FIELDS)
+        row, col = tile.corner(this_tile, in_features, BO, BI)
+        o_row, m_row = tile.span(row, tile.field(p_member, tile.OUT_FEATURES), BO)
         o_col, m_col = tile.span(col, in_features, BI)
         m_tile = m_row[:, None] & m_col[None, :]
         b_logit = member_logits(
@@ -84,32 +81,35 @@ def sample_compose_kernel(
         p_word, m_word = tile.bit_pointers(p_bits, stacked, col, in_features, o_row, m_row, BI)
         tile.store_bits(b_mask, p_word, m_word, BO, BI)
 
-        tiles = tl.num_programs(0) * tl.num_programs(1)
-        this_tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         member = tl.load(p_member + tile.MEMBER)
-        o_sum = member * tiles + this_tile
-        o_count = member * 2 * tiles + this_tile
+        o_sum = member * most_tiles + this_tile
+        o_count = member * 2 * most_tiles + this_tile
         b_positive = tl.maximum(b_logit, 0.0) if RELU else tl.sigmoid(b_logit)
         tl.store(p_sparse + o_sum, tl.sum(tl.where(m_tile, b_positive, 0.0)))
         tl.store(p_counts + o_count, tl.sum(b_mask.to(tl.int32)))
 
-        b_product = member_product(
-            p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col, BR, PRECISION
-        )
-        b_delta = tl.load(p_scale) * tl.where(b_mask, b_product, 0.0)
-        o_tile = o_row[:, None] * in_features + o_col[None, :]
-        o_weight = row * in_features + col
-        p_weight = tile.weight_pointer(p_member + tile.WEIGHT, DTYPE, ALIGNMENT)
-        b_weight = tl.load(p_weight + o_weight + o_tile, mask=m_tile, other=0.0).to(tl.float32)
-        tl.store(
-            p_effective + (stacked * in_features + col) + o_tile,
-            (b_weight + b_delta).to(p_effective.dtype.element_ty),
-            mask=m_tile,
-        )
-        if HAS_INITIAL:
-            p_initial = tile.weight_pointer(p_member + tile.WEIGHT_INIT, DTYPE, ALIGNMENT)
-            b_initial = tl.load(p_initial + o_weight + o_tile, mask=m_tile, other=0.0)
-            b_change = b_weight - b_initial.to(tl.float32)
-            b_overlap = b_change * b_delta
-            tl.store(p_forget + o_sum, tl.sum(b_overlap * b_overlap))
-            tl.store(p_counts + o_count + tiles, tl.sum((b_mask & (b_change != 0)).to(tl.int32)))
+        if HAS_INITIAL or p_effective is not None:
+            b_product = member_product(
+                p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col,
+                BR, PRECISION,
+            )  # fmt: skip
+            b_delta = tl.load(p_scale) * tl.where(b_mask, b_product, 0.0)
+            o_tile = o_row[:, None] * in_features + o_col[None, :]
+            o_weight = row * in_features + col
+            p_weight = tile.weight_pointer(p_member + tile.WEIGHT, DTYPE, ALIGNMENT)
+            b_weight = tl.load(p_weight + o_weight + o_tile, mask=m_tile, other=0.0)
+            b_weight = b_weight.to(tl.float32)
+            if p_effective is not None:
+                tl.store(
+                    p_effective + (stacked * in_features + col) + o_tile,
+                    (b_weight + b_delta).to(p_effective.dtype.element_ty),
+                    mask=m_tile,
+                )
+            if HAS_INITIAL:
+                p_initial = tile.weight_pointer(p_member + tile.WEIGHT_INIT, DTYPE, ALIGNMENT)
+                b_initial = tl.load(p_initial + o_weight + o_tile, mask=m_tile, other=0.0)
+                b_change = b_weight - b_initial.to(tl.float32)
+                b_overlap = b_change * b_delta
+                b_shared = b_mask & (b_change != 0)
+                tl.store(p_forget + o_sum, tl.sum(b_overlap * b_overlap))
+                tl.store(p_counts + o_count + most_tiles, tl.sum(b_shared.to(tl.int32)))

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes and launch options: one table, from which launches and the ahead-of-time budget read.
+"""Tile sizes and launch options, from which launches and the ahead-of-time budget read.
 
-BO x BI is the tile of the weight (BI a multiple of 32, the bits of a word), BR the step over a
-rank, BN the step over tokens. FP fusion is set here because Triton's default is about to change:
-a fused multiply-add is part of the definition of L.
+`configs/<device>.json` holds what `tune.py` measured on that device, `configs/default.json` what
+serves every other. Of a kernel: BO x BI is the tile of the weight (BI a multiple of 32, the bits of
+a word), BN the step over tokens, `programs` how many persistent programs a multiprocessor gets;
+num_warps and num_stages are Triton's. The environment variable STAMINA_TRITON_CONFIGS names a
+folder that is searched before the package's.
 """
 
+import json
+import logging
+import os
+import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-_FUSION = {"enable_fp_fusion": True}
-
-SAMPLE = {"BO": 16, "BI": 128, "num_warps": 4, "num_stages": 1, **_FUSION}
-COMPOSE = {"BO": 16, "BI": 128, "num_warps": 4, "num_stages": 1, **_FUSION}
-_BACKWARD_HALF = {"BO": 64, "BI": 64, "BN": 32, "num_warps": 8, "num_stages": 2, **_FUSION}
-_BACKWARD_FP32 = {"BO": 32, "BI": 32, "BN": 32, "num_warps": 8, "num_stages": 2, **_FUSION}
-FOLD = {"BO": 32, "BI": 128, "num_warps": 4, "num_stages": 1, **_FUSION}
+_log = logging.getLogger(__name__)
+_FOLDER = Path(__file__).with_name("configs")
+_FOLDER_VARIABLE = "STAMINA_TRITON_CONFIGS"
 _MIN_RANK_STEP = 16  # the shortest side that tl.dot takes
 # Ranks above it take several steps or passes: a tile's registers do not grow with the rank.
-_MAX_RANK_STEP = 32
+MAX_RANK_STEP = 32
+Table = dict[str, dict[str, int]]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -28,7 +33,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def rank_step(rank: int) -> int:
     """Padded step over ranks up to `rank`: a power of two that tl.dot takes."""
-    return min(max(_MIN_RANK_STEP, 1 << (rank - 1).bit_length()), _MAX_RANK_STEP)
+    return min(max(_MIN_RANK_STEP, 1 << (rank - 1).bit_length()), MAX_RANK_STEP)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -40,6 +45,56 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "bf16x3"
 
 
-def backward(dtype: torch.dtype) -> dict[str, Any]:
-    """Launch options of the backward: IEEE fp32 products keep their operands in registers."""
-    return _BACKWARD_FP32 if dtype == torch.float32 else _BACKWARD_HALF
+def file_name(device_name: str) -> str:
+    """Name of the file of a device: lower case, everything but letters and digits a hyphen."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
+
+
+def default_table() -> Table:
+    table: Table = json.loads((_FOLDER / "default.json").read_text())
+    return table
+
+
+@cache
+def table(device_name: str) -> Table:
+    """The options of every kernel on a device; those of an unknown device are the default's.
+
+    Raises ValueError for a file that names a kernel or an option which the default does not have.
+    """
+    found = default_table()
+    for folder in (os.environ.get(_FOLDER_VARIABLE), _FOLDER):
+        path = Path(folder or _FOLDER) / file_name(device_name)
+        if path.is_file():
+            measured = json.loads(path.read_text())
+            for kernel, options in measured.items():
+                unknown = set(options) - set(found.get(kernel, ()))
+                if kernel not in found or unknown:
+                    raise ValueError(f"{path}: unknown {sorted(unknown) or 'kernel'} of {kernel!r}")
+                found[kernel] |= options
+            _log.info("launch options for %s from %s", device_name, path)
+            return found
+    _log.info("launch options for %s are the default ones", device_name)
+    return found
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """What the files of tuned options are named after; "cpu" in Triton's interpreter."""
+    if device.type == "cpu":
+        return "cpu"
+    name: str = torch.get_device_module(device).get_device_name(device)
+    return name
+
+
+def kernel_name(kernel: str, dtype: torch.dtype) -> str:
+    """Of kernels with one entry for IEEE fp32 products and one for the matrix units'."""
+    return f"{kernel}_{'fp32' if dtype == torch.float32 else 'half'}"
+
+
+def launch_options(options: dict[str, int]) -> dict[str, Any]:
+    """What a kernel is launched with, out of its entry of a table.
+
+    FP fusion is set because Triton's default is about to change: a fused multiply-add is part of
+    the definition of L.
+    """
+    return {k: v for k, v in options.items() if k != "programs"} | {"enable_fp_fusion": True}

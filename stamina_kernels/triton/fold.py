@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""W = round(W_init + sum_t s_t M_t (.) (A_t B_t)) for all layers of a dtype in one launch."""
+"""W = round(W_init + sum_t s_t M_t (.) (A_t B_t)) for all layers of a dtype in one launch.
+
+The committed factors are fp16, so their products run on the matrix units whatever W's dtype is.
+"""
 
 import triton
 import triton.language as tl
@@ -23,18 +26,16 @@ ADAPTER_FIELDS = tl.constexpr(4)
 
 @triton.jit
 def fold_kernel(
-    p_layers, p_adapters, p_scale, p_overflow,
+    p_tiles, p_layers, p_adapters, p_scale, p_overflow, tiles,
     DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of the largest layer, layers. p_overflow int32 [layers, tiles], zeroed before."""
-    p_layer = p_layers + tl.program_id(1) * LAYER_FIELDS
-    rows = tile.field(p_layer, LAYER_OUT)
-    columns = tile.field(p_layer, LAYER_IN)
-    column_tiles = (columns + BI - 1) // BI
-    row = (tl.program_id(0) // column_tiles * BO).to(tl.int64)
-    col = tl.program_id(0) % column_tiles * BI
-    if row < rows:
+    """Any number of programs, which share the tiles of all layers; p_overflow int32 [tiles]."""
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        p_layer, this_tile = tile.locate(p_tiles, p_layers, index, LAYER_FIELDS)
+        rows = tile.field(p_layer, LAYER_OUT)
+        columns = tile.field(p_layer, LAYER_IN)
+        row, col = tile.corner(this_tile, columns, BO, BI)
         o_row, m_row = tile.span(row, rows, BO)
         o_col, m_col = tile.span(col, columns, BI)
         first = tile.field(p_layer, LAYER_FIRST)
@@ -64,5 +65,4 @@ def fold_kernel(
         tl.store(p_weight + (row * columns + col) + o_tile, b_weight, mask=m_tile)
         b_finite = tl.abs(b_folded.to(tl.float32)) < float("inf")
         overflow = (first < end) & (tl.min(b_finite.to(tl.int32)) == 0)
-        o_flag = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(p_overflow + o_flag, overflow.to(tl.int32))
+        tl.store(p_overflow + index, overflow.to(tl.int32))

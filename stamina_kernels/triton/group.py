@@ -21,6 +21,7 @@ class Launch(NamedTuple):
 
     dtype: torch.dtype
     alignment: int  # bytes that divide every weight's address
+    rows: list[int]  # of every member
     members: Tensor  # int64 [members, FIELDS], fields as in tile.py
 
 
@@ -78,6 +79,7 @@ def gather(
                 alignment(
                     [tensors[k] for tensors in (weight, weight_init) if tensors for k in chosen]
                 ),
+                [rows[k] for k in chosen],
                 device_table(tuple(fields[k] for k in chosen), factors.device),
             )
         )

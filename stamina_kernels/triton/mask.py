@@ -34,16 +34,14 @@ def mask_tile(
 
 @triton.jit
 def sample_kernel(
-    p_members, p_factors, p_seed, p_step, p_bits, in_features,
+    p_tiles, p_members, p_factors, p_seed, p_step, p_bits, tiles, in_features,
     HARD: tl.constexpr, QUADS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """Grid: row tiles of the tallest member, column tiles, members."""
-    p_member = p_members + tl.program_id(2) * tile.FIELDS
-    rows = tile.field(p_member, tile.OUT_FEATURES)
-    row = (tl.program_id(0) * BO).to(tl.int64)
-    col = tl.program_id(1) * BI
-    if row < rows:
-        o_row, m_row = tile.span(row, rows, BO)
+    """Any number of programs, which share the tiles of all members out among themselves."""
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        p_member, this_tile = tile.locate(p_tiles, p_members, index, tile.FIELDS)
+        row, col = tile.corner(this_tile, in_features, BO, BI)
+        o_row, m_row = tile.span(row, tile.field(p_member, tile.OUT_FEATURES), BO)
         o_col, m_col = tile.span(col, in_features, BI)
         b_logit = member_logits(
             p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col

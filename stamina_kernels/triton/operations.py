@@ -1,84 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """The six operations of the backend; `stamina_kernels/reference.py` defines what they compute.
 
-masked_linear composes W_eff once for the whole group, in one launch that also draws the bits, and
-leaves Y = X W_eff^T to the vendor's GEMM. W_eff is a transient: the backward composes it again from
-the bits for dX. Reductions run over per-tile parts in a fixed order.
+masked_linear draws the bits of the whole group in one launch. By the strategy that
+`stamina_kernels/cost.py` chooses, the same launch also writes W_eff and Y = X W_eff^T is left to
+the vendor's GEMM (compose), or our GEMM makes W_eff from the bits in its main loop (generate).
+W_eff is a transient: the backward composes it from the bits for dX. Reductions run over per-tile
+parts in a fixed order.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from stamina_kernels import reference
+from stamina_kernels import cost, reference
 from stamina_kernels.triton import config
 from stamina_kernels.triton.backward import backward_kernel
 from stamina_kernels.triton.composition import compose_kernel, sample_compose_kernel
-from stamina_kernels.triton.config import ceil_div
+from stamina_kernels.triton.config import ceil_div, launch_options, rank_step
 from stamina_kernels.triton.fold import fold_kernel
-from stamina_kernels.triton.group import (
-    Group,
-    Launch,
-    alignment,
-    device_table,
-    gather,
-    unpack_gradients,
+from stamina_kernels.triton.generate import generate_kernel
+from stamina_kernels.triton.group import Group, alignment, device_table, gather, unpack_gradients
+from stamina_kernels.triton.launch import (
+    ELEMENT,
+    Tiles,
+    mask_options,
+    on,
+    options,
+    programs,
+    refuse_interpreted_bfloat16,
+    tile_list,
+    weight_options,
 )
 from stamina_kernels.triton.mask import sample_kernel
-
-ELEMENT = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
-_INTERPRETED = not isinstance(sample_kernel, triton.JITFunction)
-
-
-def _refuse_interpreted_bfloat16(tensors: Sequence[Tensor]) -> None:
-    if _INTERPRETED and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
-        raise NotImplementedError(
-            "Triton's interpreter (TRITON_INTERPRET=1) multiplies the bit patterns of bfloat16 "
-            "(triton issue 11584); it serves torch.float32 and torch.float16"
-        )
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 
 def _words(columns: int) -> int:
     return ceil_div(columns, 32)
 
 
-def _grid(group: Group, launch: Launch, options: dict[str, Any]) -> tuple[int, int, int]:
-    return (
-        ceil_div(max(group.rows), options["BO"]),
-        ceil_div(group.columns, options["BI"]),
-        len(launch.members),
-    )
-
-
-def _tiles(rows: int, columns: int, options: dict[str, Any]) -> int:
-    return ceil_div(rows, options["BO"]) * ceil_div(columns, options["BI"])
-
-
-def _weight_options(launch: Launch, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "DTYPE": ELEMENT[launch.dtype],
-        "ALIGNMENT": launch.alignment,
-        "PRECISION": "ieee" if _INTERPRETED else config.dot_precision(dtype),
-    }
-
-
-def _mask_options(hard: bool, col0: Sequence[int]) -> dict[str, bool]:
-    return {"HARD": hard, "QUADS": all(column % 4 == 0 for column in col0)}
+def _tiles(rows: Sequence[int], columns: int, entry: dict[str, int], device: torch.device) -> Tiles:
+    return tile_list([(o, columns) for o in rows], entry["BO"], entry["BI"], device)
 
 
 def sample(
@@ -97,17 +60,21 @@ def sample(
     bits = torch.empty(
         sum(group.rows), _words(group.columns), dtype=torch.int32, device=seed.device
     )
-    with _on(seed.device):
+    entry = options("sample", seed.device)
+    with on(seed.device):
         for launch in group.launches:
-            sample_kernel[_grid(group, launch, config.SAMPLE)](
+            tiles = _tiles(launch.rows, group.columns, entry, seed.device)
+            sample_kernel[programs(len(tiles), entry, seed.device)](
+                tiles.table,
                 launch.members,
                 group.factors,
                 seed,
                 step,
                 bits,
+                len(tiles),
                 group.columns,
-                **_mask_options(hard, col0),
-                **config.SAMPLE,
+                **mask_options(hard, col0),
+                **launch_options(entry),
             )
     return bits
 
@@ -121,21 +88,25 @@ def compose(
     dtype: torch.dtype,
 ) -> Tensor:
     """W_eff = W + s M (.) (A B) of the group from its bits, [sum O, I] in `dtype`, one rounding."""
-    _refuse_interpreted_bfloat16([*weight, torch.empty(0, dtype=dtype)])
+    refuse_interpreted_bfloat16([*weight, torch.empty(0, dtype=dtype)])
     group = gather(A, B, weight=weight)
     effective = torch.empty(sum(group.rows), group.columns, dtype=dtype, device=bits.device)
-    with _on(bits.device):
+    entry = options("compose", bits.device)
+    with on(bits.device):
         for launch in group.launches:
-            compose_kernel[_grid(group, launch, config.COMPOSE)](
+            tiles = _tiles(launch.rows, group.columns, entry, bits.device)
+            compose_kernel[programs(len(tiles), entry, bits.device)](
+                tiles.table,
                 launch.members,
                 group.factors,
                 scale,
                 bits,
                 effective,
+                len(tiles),
                 group.columns,
-                BR=config.rank_step(max(group.ranks)),
-                **_weight_options(launch, dtype),
-                **config.COMPOSE,
+                BR=rank_step(max(group.ranks)),
+                **weight_options(launch, dtype),
+                **launch_options(entry),
             )
     return effective
 
@@ -161,18 +132,35 @@ def masked_linear(
     sparse_kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Y [..., sum O], forget [n], sparse [n], counts int64 [n, 2] and bits of the group."""
-    _refuse_interpreted_bfloat16([x, *weight])
+    refuse_interpreted_bfloat16([x, *weight])
     coordinates = list(zip(layer_id, row0, col0, strict=True))
     group = gather(A, B, U, V, b, weight, weight_init, coordinates)
     rows, columns, n = sum(group.rows), group.columns, len(weight)
-    effective = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    problem = cost.Problem(
+        out_features=rows,
+        in_features=columns,
+        tokens=x.numel() // columns,
+        rank=max(group.ranks),
+        mask_rank=max(group.mask_ranks),
+        weight_bytes=weight[0].element_size(),
+        x_bytes=x.element_size(),
+        sampled=not hard,
+        has_initial=bool(weight_init),
+    )
+    effective = None
+    if cost.strategy(config.device_name(x.device), problem) == "compose":
+        effective = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     bits = torch.empty(rows, _words(columns), dtype=torch.int32, device=x.device)
-    tiles = _tiles(max(group.rows), columns, config.COMPOSE)
-    sums = torch.zeros(2, n, tiles, device=x.device)
-    counts = torch.zeros(n, 2, tiles, dtype=torch.int32, device=x.device)
-    with _on(x.device):
+    entry = options("compose", x.device)
+    most = _tiles(group.rows, columns, entry, x.device).most
+    sums = torch.zeros(2, n, most, device=x.device)
+    counts = torch.zeros(n, 2, most, dtype=torch.int32, device=x.device)
+    joined = torch.cat([t.to(x.dtype) for t in bias]) if bias else None
+    with on(x.device):
         for launch in group.launches:
-            sample_compose_kernel[_grid(group, launch, config.COMPOSE)](
+            tiles = _tiles(launch.rows, columns, entry, x.device)
+            sample_compose_kernel[programs(len(tiles), entry, x.device)](
+                tiles.table,
                 launch.members,
                 group.factors,
                 scale,
@@ -183,16 +171,54 @@ def masked_linear(
                 sums[0],
                 sums[1],
                 counts,
+                len(tiles),
+                most,
                 columns,
                 RELU=sparse_kind == "relu",
                 HAS_INITIAL=bool(weight_init),
-                BR=config.rank_step(max(group.ranks)),
-                **_mask_options(hard, col0),
-                **_weight_options(launch, x.dtype),
-                **config.COMPOSE,
+                BR=rank_step(max(group.ranks)),
+                **mask_options(hard, col0),
+                **weight_options(launch, x.dtype),
+                **launch_options(entry),
             )
-        y = F.linear(x, effective, torch.cat([t.to(x.dtype) for t in bias]) if bias else None)
+        if effective is None:
+            y = _generated_linear(x, group, bits, scale, joined)
+        else:
+            y = F.linear(x, effective, joined)
     return y, sums[0].sum(-1), sums[1].sum(-1), counts.sum(-1), bits
+
+
+def _generated_linear(
+    x: Tensor, group: Group, bits: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Y = X W_eff^T + bias with W_eff made from the bits in the main loop."""
+    rows, tokens = sum(group.rows), x.numel() // group.columns
+    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    if tokens == 0:
+        return y
+    entry = options(config.kernel_name("generate", x.dtype), x.device)
+    rank = max(group.ranks)
+    for launch in group.launches:
+        shapes = [(o, tokens) for o in launch.rows]
+        tiles = tile_list(shapes, entry["BO"], entry["BN"], x.device)
+        generate_kernel[(len(tiles),)](
+            tiles.table,
+            launch.members,
+            group.factors,
+            scale,
+            bits,
+            x,
+            bias,
+            y,
+            tokens,
+            rows,
+            group.columns,
+            ONE_STEP=rank <= config.MAX_RANK_STEP,
+            BR=rank_step(rank),
+            **weight_options(launch, x.dtype),
+            **launch_options(entry),
+        )
+    return y
 
 
 def masked_linear_backward(
@@ -220,24 +246,23 @@ def masked_linear_backward(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     """dX (empty unless need_dx) and the flat gradients dA, dB, dU, dV, db of every member."""
-    _refuse_interpreted_bfloat16([x, *weight])
+    refuse_interpreted_bfloat16([x, *weight])
     coordinates = list(zip(layer_id, row0, col0, strict=True))
     group = gather(A, B, U, V, b, weight, weight_init, coordinates)
-    options = config.backward(x.dtype)
+    entry = options(config.kernel_name("backward", x.dtype), x.device)
     largest = max(*group.ranks, *group.mask_ranks)
-    rank_step = config.rank_step(largest)
-    passes = ceil_div(largest, rank_step)
-    left_parts = torch.zeros(
-        ceil_div(group.columns, options["BI"]), group.left_size, device=x.device
-    )
+    passes = ceil_div(largest, rank_step(largest))
+    left_parts = torch.zeros(ceil_div(group.columns, entry["BI"]), group.left_size, device=x.device)
     right_parts = torch.zeros(
-        ceil_div(max(group.rows), options["BO"]), group.right_size, device=x.device
+        ceil_div(max(group.rows), entry["BO"]), group.right_size, device=x.device
     )
-    logit_parts = torch.zeros(len(weight), len(right_parts) * len(left_parts), device=x.device)
-    with _on(x.device):
+    most = len(left_parts) * len(right_parts)
+    logit_parts = torch.zeros(len(weight), most, device=x.device)
+    with on(x.device):
         for launch in group.launches:
-            grid = (len(right_parts), len(left_parts) * passes, len(launch.members))
-            backward_kernel[grid](
+            tiles = _tiles(launch.rows, group.columns, entry, x.device)
+            backward_kernel[(len(tiles) * passes,)](
+                tiles.table,
                 launch.members,
                 group.factors,
                 dy,
@@ -252,6 +277,7 @@ def masked_linear_backward(
                 left_parts,
                 right_parts,
                 logit_parts,
+                most,
                 x.numel() // group.columns,
                 sum(group.rows),
                 group.columns,
@@ -260,10 +286,10 @@ def masked_linear_backward(
                 RELU=sparse_kind == "relu",
                 HAS_INITIAL=bool(weight_init),
                 PASSES=passes,
-                BR=rank_step,
-                **_mask_options(hard, col0),
-                **_weight_options(launch, x.dtype),
-                **options,
+                BR=rank_step(largest),
+                **mask_options(hard, col0),
+                **weight_options(launch, x.dtype),
+                **launch_options(entry),
             )
         grads = unpack_gradients(group, left_parts.sum(0), right_parts.sum(0), logit_parts.sum(-1))
     if not need_dx:
@@ -295,16 +321,16 @@ def fold_(
     Raises OverflowError naming the layer, with every weight set back to W_init, where a result is
     not finite in W's dtype.
     """
-    _refuse_interpreted_bfloat16(weight)
+    refuse_interpreted_bfloat16(weight)
     device = weight[0].device
     adapters = tuple(
         (A[t].data_ptr(), B[t].data_ptr(), bits[t].data_ptr(), A[t].shape[1]) for t in range(len(A))
     )
     adapter_table = torch.tensor(adapters, dtype=torch.int64, device=device)
     scales = torch.tensor(scale, dtype=torch.float32, device=device)
-    BR = config.rank_step(max((a.shape[1] for a in A), default=1))
+    entry = options("fold", device)
     overflowing: list[int] = []
-    with _on(device):
+    with on(device):
         for dtype in dict.fromkeys(w.dtype for w in weight):
             layers = [k for k, w in enumerate(weight) if w.dtype == dtype]
             table = tuple(
@@ -317,21 +343,22 @@ def fold_(
                 )
                 for k in layers
             )
-            tiles = max(_tiles(weight[k].shape[0], weight[k].shape[1], config.FOLD) for k in layers)
-            overflow = torch.zeros(len(layers), tiles, dtype=torch.int32, device=device)
-            fold_kernel[(tiles, len(layers))](
+            shapes = [(weight[k].shape[0], weight[k].shape[1]) for k in layers]
+            tiles = tile_list(shapes, entry["BO"], entry["BI"], device)
+            overflow = torch.empty(len(tiles), dtype=torch.int32, device=device)
+            fold_kernel[programs(len(tiles), entry, device)](
+                tiles.table,
                 device_table(table, device),
                 adapter_table,
                 scales,
                 overflow,
+                len(tiles),
                 DTYPE=ELEMENT[dtype],
                 ALIGNMENT=alignment([w[k] for w in (weight, weight_init) for k in layers]),
-                BR=BR,
-                **config.FOLD,
+                BR=rank_step(max((a.shape[1] for a in A), default=1)),
+                **launch_options(entry),
             )
-            overflowing += [
-                k for k, bad in zip(layers, overflow.any(1).tolist(), strict=True) if bad
-            ]
+            overflowing += [layers[k] for k in tiles.table[overflow != 0, 0].unique().tolist()]
     if not overflowing:
         return
     for w, initial in zip(weight, weight_init, strict=True):

@@ -5,6 +5,9 @@ Formulas: `stamina_kernels/reference.py`. Names: p_ pointer, b_ tile, o_ offset,
 that is handed to a function is already advanced, in int64, to the tile's first row or column;
 offsets inside a tile are int32, which halves the registers that addresses take. The functions are
 inlined into the kernels that call them.
+
+Loops over tiles disable the hoisting of what does not change from tile to tile: kept in registers
+for a whole tile, it costs more than computing it again (sample on sm_90: 70 registers, then 55).
 """
 
 import triton
@@ -27,6 +30,23 @@ ROW0 = tl.constexpr(12)
 COL0 = tl.constexpr(13)
 MEMBER = tl.constexpr(14)
 FIELDS = tl.constexpr(15)
+
+
+@triton.jit
+def locate(p_tiles, p_table, index, FIELDS: tl.constexpr):
+    """Of the flat tile `index`: the table's row that it belongs to, and its number among its tiles.
+
+    p_tiles int32 [tiles, 2] lists the tiles that exist (`group.tile_list`).
+    """
+    p_tile = p_tiles + 2 * tl.cast(index, tl.int64)
+    return p_table + tl.load(p_tile).to(tl.int64) * FIELDS, tl.load(p_tile + 1)
+
+
+@triton.jit
+def corner(this_tile, columns, BO: tl.constexpr, BI: tl.constexpr):
+    """First row (int64) and column of a member's tile; those of a row come one after another."""
+    column_tiles = (columns + BI - 1) // BI
+    return (this_tile // column_tiles * BO).to(tl.int64), this_tile % column_tiles * BI
 
 
 @triton.jit

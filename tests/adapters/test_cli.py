@@ -142,6 +142,19 @@ def test_info_tells_versions_and_backends():
     assert "embedded_model" in found
 
 
+def test_info_explains_the_strategy_of_a_gpu():
+    shown = run("info", "--explain", 1280, 768, 154, 16)
+    assert shown.exit_code == 0, shown.output
+    for word in ("compose", "generate", "sampled", "hard", "vendor GEMM", "STAMINA_STRATEGY"):
+        assert word in shown.stdout
+    rows = json.loads(run("info", "--explain", 1280, 768, 154, 16, "--json").stdout)
+    assert {row["mask"] for row in rows} == {"sampled", "hard"}
+    assert all(row["reason"] and row["seconds"] > 0 for row in rows)
+    refusal = run("info", "--explain", 1280, 0, 154, 16)
+    assert refusal.exit_code == 2
+    assert "--explain takes positive numbers, got 1280 0 154 16" in refusal.output
+
+
 def test_options_have_diffusers_spelling():
     shown = re.sub(r"\x1b\[[0-9;]*m", "", run("train", "--help").stdout)
     for option in ("--output_dir", "--max_train_steps", "--learning_rate", "--train_batch_size"):

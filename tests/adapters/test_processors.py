@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """StaminaAttnProcessor2_0: the same numbers as the default processor, whatever the layers are."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models import attention_processor
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from stamina_adapters import (
     StaminaAttnProcessor2_0,
+    StaminaXFormersAttnProcessor,
     fold_stamina,
     linear,
     set_stamina_attn_processor,
@@ -13,6 +23,28 @@ from stamina_adapters import (
     unload_stamina,
 )
 from torch import nn
+from torch.nn import functional as F
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """xformers' interface, as far as processors use it, computed by torch."""
+
+    def memory_efficient_attention(query, key, value, *, attn_bias, op, scale):
+        if query.dim() == 3:  # heads in the batch, as diffusers calls it
+            return F.scaled_dot_product_attention(query, key, value, attn_bias, scale=scale)
+        assert all(t.is_contiguous() for t in (query, key, value))
+        if attn_bias is not None:
+            batch, length, heads, _ = query.shape
+            assert attn_bias.shape == (batch, heads, length, key.shape[1])
+        moved = (t.transpose(1, 2) for t in (query, key, value))
+        return F.scaled_dot_product_attention(*moved, attn_bias, scale=scale).transpose(1, 2)
+
+    package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
+    package.ops, ops.memory_efficient_attention = ops, memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setattr(attention_processor, "xformers", package)
 
 
 def attention(**settings):
@@ -40,9 +72,19 @@ CASES = {
 }
 
 
+PROCESSORS = {
+    "default": (AttnProcessor2_0, StaminaAttnProcessor2_0),
+    "xformers": (XFormersAttnProcessor, StaminaXFormersAttnProcessor),
+}
+
+
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("kind", PROCESSORS)
 @pytest.mark.parametrize("case", CASES)
-def test_same_as_the_default_processor(case, adapted, learn):
+def test_same_as_the_stock_processor(case, kind, adapted, learn, xformers):
+    if kind == "xformers" and case == "normalised q and k":
+        pytest.skip("diffusers' xFormers processor leaves the norms of q and k out")
+    stock, ours = PROCESSORS[kind]
     settings, cross, masked, image = CASES[case]
     attn = attention(**settings)
     if adapted:
@@ -52,19 +94,25 @@ def test_same_as_the_default_processor(case, adapted, learn):
     mask = torch.zeros(2, 1, 7) if masked else None
     if masked:
         mask[1, :, 3:] = -10000.0
-    attn.set_processor(AttnProcessor2_0())
+    attn.set_processor(stock())
     expected = attn(hidden, encoded, attention_mask=mask)
-    attn.set_processor(StaminaAttnProcessor2_0())
+    attn.set_processor(ours())
     got = attn(hidden, encoded, attention_mask=mask)
     # only the projections' GEMM may add in another order: 24 fp32 terms of size one
     torch.testing.assert_close(got, expected, rtol=0, atol=24 * 2**-23)
-    if not adapted:
+    if not adapted and kind == "default":
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("targets", [("attn2.to_k", "attn2.to_v"), ("attn1.to_q", "attn1.to_v")])
-def test_one_launch_for_the_projections_that_share_an_input(pipe, learn, monkeypatch, targets):
+@pytest.mark.parametrize("stock", [AttnProcessor2_0, XFormersAttnProcessor])
+@pytest.mark.parametrize(
+    "targets", [("attn2.to_k", "attn2.to_v"), ("attn1.to_q", "attn1.to_k", "attn1.to_v")]
+)
+def test_one_launch_for_the_projections_that_share_an_input(
+    pipe, learn, monkeypatch, xformers, targets, stock
+):
     learn(pipe, target_modules=targets)
+    pipe.unet.set_attn_processor(stock())
     set_stamina_attn_processor(pipe)
     sizes = []
     original = linear.masked_linear
@@ -76,7 +124,7 @@ def test_one_launch_for_the_projections_that_share_an_input(pipe, learn, monkeyp
     monkeypatch.setattr(linear, "masked_linear", counting)
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 40)
     pipe.unet(latents, 5, text)
-    assert sizes == [2] * 4
+    assert sizes == [len(targets)] * 4
 
 
 def test_gradients_are_those_of_separate_launches(pipe, learn):
@@ -130,3 +178,17 @@ def test_refuses_models_without_default_processors(pipe):
     set_stamina_attn_processor(pipe)
     with pytest.raises(ValueError, match="only StaminaAttnProcessor2_0"):
         set_stamina_attn_processor(pipe)
+
+
+def test_xformers_keeps_its_operator_and_is_named_where_missing(pipe, xformers, monkeypatch):
+    stock = XFormersAttnProcessor(attention_op="cutlass")
+    pipe.unet.set_attn_processor(stock)
+    set_stamina_attn_processor(pipe)
+    processors = pipe.unet.attn_processors.values()
+    assert all(type(p) is StaminaXFormersAttnProcessor for p in processors)
+    assert {p.attention_op for p in processors} == {"cutlass"}
+    unload_stamina(pipe)
+    assert all(p is stock for p in pipe.unet.attn_processors.values())
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    with pytest.raises(ImportError, match="xformers"):
+        StaminaXFormersAttnProcessor()

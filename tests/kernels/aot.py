@@ -32,8 +32,9 @@ from stamina_kernels.triton import config
 from stamina_kernels.triton.backward import backward_kernel
 from stamina_kernels.triton.composition import compose_kernel, sample_compose_kernel
 from stamina_kernels.triton.fold import fold_kernel
+from stamina_kernels.triton.generate import generate_kernel
+from stamina_kernels.triton.launch import ELEMENT
 from stamina_kernels.triton.mask import sample_kernel
-from stamina_kernels.triton.operations import ELEMENT
 
 BUDGET = Path(__file__).parents[1] / "data" / "aot_budget.csv"
 ARCHS = ("80", "90", "100", "120", "gfx942")
@@ -80,38 +81,37 @@ class Cost(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
+    table = config.default_table()
     mask = {"HARD": False, "QUADS": True}
     statistics = {"RELU": False, "HAS_INITIAL": True}
     step = config.rank_step(RANK)
-    yield Case("sample", sample_kernel, torch.float32, mask, config.SAMPLE)
+    yield Case("sample", sample_kernel, torch.float32, mask, table["sample"])
     for dtype in DTYPES:
-        weight = {"DTYPE": ELEMENT[dtype], "ALIGNMENT": 16}
+        weight = {"DTYPE": ELEMENT[dtype], "ALIGNMENT": 16, "BR": step}
         product = weight | {"PRECISION": config.dot_precision(dtype)}
-        yield Case("compose", compose_kernel, dtype, product | {"BR": step}, config.COMPOSE)
-        yield Case(
-            "sample_compose",
-            sample_compose_kernel,
-            dtype,
-            product | mask | statistics | {"BR": step},
-            config.COMPOSE,
+        drawn = product | mask | statistics
+        bits = {"p_effective": None}
+        generate = product | {"ONE_STEP": True, "p_bias": None}
+        generate_options, backward_options = (
+            table[config.kernel_name(name, dtype)] for name in ("generate", "backward")
         )
+        yield Case("compose", compose_kernel, dtype, product, table["compose"])
+        yield Case("sample_compose", sample_compose_kernel, dtype, drawn, table["compose"])
         yield Case(
-            "backward",
-            backward_kernel,
-            dtype,
-            product | mask | statistics | {"BR": config.rank_step(RANK), "PASSES": 1},
-            config.backward(dtype),
+            "sample_statistics", sample_compose_kernel, dtype, drawn | bits, table["compose"]
         )
-        yield Case("fold", fold_kernel, dtype, weight | {"BR": config.rank_step(RANK)}, config.FOLD)
+        yield Case("generate", generate_kernel, dtype, generate, generate_options)
+        yield Case("backward", backward_kernel, dtype, drawn | {"PASSES": 1}, backward_options)
+        yield Case("fold", fold_kernel, dtype, weight, table["fold"])
 
 
 _POINTERS = {
-    "p_members": "*i64", "p_layers": "*i64", "p_adapters": "*i64", "p_seed": "*i64",
-    "p_step": "*i64", "p_bits": "*i32", "p_counts": "*i32", "p_overflow": "*i32",
+    "p_tiles": "*i32", "p_members": "*i64", "p_layers": "*i64", "p_adapters": "*i64",
+    "p_seed": "*i64", "p_step": "*i64", "p_bits": "*i32", "p_counts": "*i32", "p_overflow": "*i32",
 }  # fmt: skip
-_ACTIVATIONS = ("p_x", "p_dy", "p_effective")
-# 77 tokens a prompt: not a multiple of 16
-_UNALIGNED = ("tokens",)
+_ACTIVATIONS = ("p_x", "p_dy", "p_y", "p_effective")
+# 77 tokens a prompt: not a multiple of 16, nor are numbers of tiles
+_UNALIGNED = ("tokens", "tiles", "most_tiles")
 _ELEMENT_NAME = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -127,8 +127,9 @@ def compile_case(case: Case, arch: str) -> Any:
     target = (
         GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
     )
-    tile = {k: v for k, v in case.options.items() if k in case.kernel.arg_names}
-    options = {k: v for k, v in case.options.items() if k not in tile}
+    given = config.launch_options(case.options)
+    tile = {k: v for k, v in given.items() if k in case.kernel.arg_names}
+    options = {k: v for k, v in given.items() if k not in tile}
     constants = case.constants | tile
     signature, attributes = {}, {}
     for position, name in enumerate(case.kernel.arg_names):

@@ -148,9 +148,11 @@ def test_odd_sizes():
     hold_against_oracle(make_problem([63], 123, (41,)), SAMPLED)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 128])
-def test_ranks(rank):
-    hold_against_oracle(make_problem([18], 33, (7,), rank=rank, mask_rank=rank), SAMPLED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rank", [1, 16, 33, 128])
+def test_ranks(rank, dtype):
+    problem = make_problem([18], 33, (7,), rank=rank, mask_rank=rank, dtype=dtype)
+    hold_against_oracle(problem, SAMPLED)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel compiles for every arch, without spills, within the committed table."""
+"""Every Triton kernel compiles without spills, within the committed table.
+
+For sm_90 in every run, for all architectures with --all-archs (`make aot`).
+"""
 
 import os
 import subprocess
@@ -14,8 +17,13 @@ pytestmark = pytest.mark.aot
 SCRIPT = Path(__file__).parent / "aot.py"
 
 
-@pytest.mark.parametrize("arch", ["80", "90", "100", "120", "gfx942"])
-def test_kernels_stay_within_budget(arch):
+ALWAYS, ON_REQUEST = ["90"], ["80", "100", "120", "gfx942"]
+
+
+@pytest.mark.parametrize("arch", ALWAYS + ON_REQUEST)
+def test_kernels_stay_within_budget(arch, request):
+    if arch in ON_REQUEST and not request.config.getoption("--all-archs"):
+        pytest.skip("needs --all-archs, as in `make aot`")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, str(SCRIPT), "--arch", arch],
@@ -24,4 +32,4 @@ def test_kernels_stay_within_budget(arch):
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert len(run.stdout.splitlines()) == 13, "sample, and four kernels in three dtypes"
+    assert len(run.stdout.splitlines()) == 19, "sample, and six kernels in three dtypes"

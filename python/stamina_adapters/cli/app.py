@@ -184,15 +184,31 @@ def report(
 @app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    explain: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(
+            "--explain",
+            metavar="O I TOKENS R",
+            help="Instead: how a GPU would compute O x I masked weights, rank R, and why so.",
+        ),
+    ] = None,
 ) -> None:
     """Show versions, devices and backends, and why one is missing."""
-    from stamina_adapters.cli.info import collect, show
+    from stamina_adapters.cli import info as command
 
-    found = collect()
+    if explain is not None:
+        with one_line_errors():
+            explained = command.explain(*explain)
+        if as_json:
+            typer.echo(json.dumps(command.as_json(explained), indent=1))
+        else:
+            command.show_explained(explained, console())
+        return
+    found = command.collect()
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        show(found, console())
+        command.show(found, console())
 
 
 @app.command()

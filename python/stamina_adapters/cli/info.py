@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stamina_adapters.embedded import assets_dir
-from stamina_kernels import info
+from stamina_adapters.training.errors import InputError
+from stamina_kernels import cost, info
 
 
 def collect() -> dict[str, Any]:
@@ -32,5 +33,76 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(f"threads         {found['threads']}")
     console.print(
         f"embedded model  {found['embedded_model'] or 'missing: reinstall the package'}",
+        soft_wrap=True,
+    )
+
+
+def explain(
+    out_features: int, in_features: int, tokens: int, rank: int
+) -> dict[str, tuple[cost.Choice, ...]]:
+    """How a GPU would compute Y = X W_eff^T in bf16, mask rank = rank: sampled, then hard.
+
+    By the GPUs of this machine, or where there is none, by those that the cost model knows.
+    Raises InputError for a size below 1.
+    """
+    sizes = (out_features, in_features, tokens, rank)
+    if min(sizes) < 1:
+        raise InputError(f"--explain takes positive numbers, got {' '.join(map(str, sizes))}")
+    present = info()["devices"][1:]
+    return {
+        device: tuple(
+            cost.choose(
+                device,
+                cost.Problem(out_features, in_features, tokens, rank, rank, sampled=sampled),
+            )
+            for sampled in (True, False)
+        )
+        for device in present or cost.devices()
+    }
+
+
+def as_json(explained: dict[str, tuple[cost.Choice, ...]]) -> list[dict[str, Any]]:
+    """One row for every device, mask mode and launch; seconds."""
+    return [
+        {
+            "device": device,
+            "mask": mask,
+            "strategy": strategy,
+            "chosen": strategy == choice.strategy,
+            "reason": choice.reason,
+            **launch._asdict(),
+            "bound": launch.bound,
+            "seconds": launch.seconds,
+        }
+        for device, choices in explained.items()
+        for mask, choice in zip(("sampled", "hard"), choices, strict=True)
+        for strategy, launches in choice.launches.items()
+        for launch in launches
+    ]
+
+
+def show_explained(explained: dict[str, tuple[cost.Choice, ...]], console: Console) -> None:
+    """Print it as a table for every device, with what each launch would wait for, and why."""
+    for device, choices in explained.items():
+        table = Table(
+            "mask", "strategy", "launch", "MB", "memory us", "issue us", "matrix us", "total us",
+            "waits for", title=device,
+        )  # fmt: skip
+        for mask, choice in zip(("sampled", "hard"), choices, strict=True):
+            for strategy, launches in choice.launches.items():
+                chosen = "[green]" if strategy == choice.strategy else ""
+                for launch in launches:
+                    times = (launch.memory_s, launch.issue_s, launch.matrix_s, launch.seconds)
+                    table.add_row(
+                        mask, chosen + strategy, launch.what, f"{launch.bytes / 1e6:.2f}",
+                        *(f"{t * 1e6:.2f}" for t in times), launch.bound,
+                    )  # fmt: skip
+        console.print(table)
+        for mask, choice in zip(("sampled", "hard"), choices, strict=True):
+            console.print(f"{mask}: [green]{choice.strategy}[/], {choice.reason}", soft_wrap=True)
+    console.print(
+        "An estimate from peak rates, not a measurement: a launch takes its gap on the stream and "
+        f"the longest of its three waits. {cost.VARIABLE}={' or '.join(cost.STRATEGIES)} overrides "
+        "the choice.",
         soft_wrap=True,
     )
