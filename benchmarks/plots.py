@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.cases import BY_NAME, CONCEPTS_UNIT, RANKS, SDXL
 from benchmarks.record import Result, Row, failed, write_beside
-from benchmarks.report import WHOLE
+from benchmarks.report import PARTS
 
 # colour, hatch; a compiled rival has the colour of the code that it compiles
 _LOOK: dict[str, tuple[str, str]] = {
@@ -161,7 +161,7 @@ def draw_times(result: Result, folder: Path) -> list[Path]:
     rows = [
         row
         for row in result["rows"]
-        if row["pass"] in WHOLE and row["median_ms"] and not failed(row) and not _concepts(row)
+        if row["pass"] not in PARTS and row["median_ms"] and not failed(row) and not _concepts(row)
     ]
     pictures = (("time", ("fp32",)), ("time-16bit", ("bf16", "fp16")))
     return [
