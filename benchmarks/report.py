@@ -145,6 +145,10 @@ def markdown(result: Result, goals: Goals) -> str:
         f"{rows[0]['machine'] if rows else machine['cpu']}; {packages}. "
         f"Largest relative RMS error against fp64: {number(worst)}."
     )
+    if on_device:
+        products = machine["gemm_tflops_by_dtype"].items()
+        rates = ", ".join(f"{dtype} {number(rate)}" for dtype, rate in products)
+        about += f" Ceilings: copy {number(machine['copy_gb_s'])} GB/s; GEMM {rates} TFLOP/s."
     summary = [[f"`{name}`", *others] for name, *others in _summary_cells(result["summary"], goals)]
     left_out = [f"- {what}: {why}" for what, why in (result["skipped"] | result["errors"]).items()]
     return "\n".join(

@@ -8,7 +8,7 @@ from benchmarks.rivals import OURS
 from benchmarks.suites.suite import Settings
 from benchmarks.summary import Summary, Table, mean_ratio, wall_ms
 
-ROUNDS, QUICK_ROUNDS = 25, 2
+ROUNDS, QUICK_ROUNDS = 25, 1
 CLOCKS = {"device": milliseconds, "wall": wall_ms}
 
 

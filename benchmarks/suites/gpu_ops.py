@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gpu-ops`: compose, sample, fold and the masked product beside copies and the vendor's product."""
+"""`gpu-ops`: compose, sample, fold, the masked product, beside copies and the vendor's product."""
 
 from collections.abc import Mapping
 from dataclasses import replace
