@@ -30,6 +30,7 @@ class Call:
 
 
 _FLUSH_BYTES = 2**28  # on top of the cache's size: a few large writes last longer than many small
+_LONGEST_LEAD_MS = 50.0  # the device holds no more launches in waiting than the host makes in that
 
 
 def synchronize(device: str) -> None:
@@ -107,7 +108,11 @@ class DeviceClock:
 
     def flush(self, lead_ms: float = 0.0) -> None:
         """Overwrite the cache for at least lead_ms; the CPU would only lose the time."""
-        wanted = 1 if self._device == "cpu" else 1 + math.ceil(lead_ms / self._flush_ms)
+        wanted = (
+            1
+            if self._device == "cpu"
+            else 1 + math.ceil(min(lead_ms, _LONGEST_LEAD_MS) / self._flush_ms)
+        )
         for _ in range(wanted):
             self._cover.zero_()
 

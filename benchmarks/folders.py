@@ -17,6 +17,7 @@ from benchmarks.rivals import (
     PROJECTION_NAMES,
     RIVALS,
     UNUSABLE,
+    absent,
     loha_module,
 )
 from stamina_kernels import CommittedAdapter, fold_, unpack_bits
@@ -164,6 +165,10 @@ def loha_merge(initial: list[Tensor], adapters: Adapters) -> Folder:
     return Folder([layer.weight.data for layer in layers], initial, fold, delta)
 
 
+def _peft_fuse_missing(device: str) -> str | None:
+    return absent("diffusers")(device) or RIVALS["peft"].missing(device)
+
+
 @dataclass(frozen=True)
 class FoldRival:
     """How a folder is built, and why it may be absent here."""
@@ -179,6 +184,6 @@ FOLDERS = {
         for name, backend in OURS.items()
     },
     "eager_masks": FoldRival(eager_masks),
-    "peft_fuse": FoldRival(peft_fuse, RIVALS["peft"].missing),
+    "peft_fuse": FoldRival(peft_fuse, _peft_fuse_missing),
     "loha_merge": FoldRival(loha_merge, RIVALS["loha"].missing),
 }

@@ -302,7 +302,8 @@ def _plain(problem: Problem, *, trained: bool) -> Contestant:
     )
 
 
-def _absent(package: str) -> Callable[[str], str | None]:
+def absent(package: str) -> Callable[[str], str | None]:
+    """What says, of any device, that the package is missing."""
     return lambda device: None if find_spec(package) else f"the package {package} is not installed"
 
 
@@ -348,8 +349,8 @@ RIVALS = {
     "eager": Rival(eager, masked=True),
     "gumbel.compile": Rival(functools.partial(gumbel, fused=True), compiler_missing, masked=True),
     "eager.compile": Rival(functools.partial(eager, fused=True), compiler_missing, masked=True),
-    "peft": Rival(peft_lora, _absent("peft")),
-    "loha": Rival(loha, _absent("lycoris")),
+    "peft": Rival(peft_lora, absent("peft")),
+    "loha": Rival(loha, absent("lycoris")),
     "dense": Rival(functools.partial(_plain, trained=True)),
     "frozen": Rival(functools.partial(_plain, trained=False)),
 }

@@ -65,7 +65,9 @@ def _run(case: FoldCase, settings: Settings) -> Outcome:
         key: Call({"fold": lambda _, fold=folder.fold: fold()}, folder.reset)  # type: ignore[misc]
         for key, folder in folders.items()
     }
-    timings = time_all(calls, QUICK_ROUNDS if settings.quick else ROUNDS, settings.device)
+    errors: dict[str, str] = {}
+    rounds = QUICK_ROUNDS if settings.quick else ROUNDS
+    timings = time_all(calls, rounds, settings.device, errors)
     rows: list[Measurement] = []
     facts: Summary = {}
     for key, folder in folders.items():
@@ -74,7 +76,7 @@ def _run(case: FoldCase, settings: Settings) -> Outcome:
         rows.append(replace(row, error=_error(folder, exact), error_limit=error_limit(kind)))
         if kind == torch.bfloat16:
             facts["fold.correctly_rounded"] = _rounded_fraction(folder, exact)
-    return Outcome(rows, facts)
+    return Outcome(rows, facts, errors)
 
 
 def _tasks(settings: Settings) -> list[Task]:

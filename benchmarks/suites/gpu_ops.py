@@ -24,7 +24,7 @@ from benchmarks.measure import Key, error_limit, timed
 from benchmarks.operations import OPERATIONS, Operation, copy_of, fold
 from benchmarks.problem import fold_inputs, make_problem
 from benchmarks.record import Row
-from benchmarks.rivals import OURS, UNUSABLE
+from benchmarks.rivals import UNUSABLE
 from benchmarks.suites import gpu
 from benchmarks.suites.suite import Outcome, Settings, Suite, Task, attempt, time_all
 from benchmarks.summary import Summary, Table, mean_ratio
@@ -37,6 +37,7 @@ _LINEAR = {
     "linear_bits": (GPU_GEMM,),
     "linear_sampled": (GPU_GEMM,),
 }
+FOLD_ROUNDS = 10
 _FOLD_PEERS = ("eager_masks", "peft_fuse", "loha_merge")
 _CHECKED_LAYERS = 8  # an exact fold of every layer would take longer than all that is measured
 _MOST_BOOLS = 2**32  # masks of a byte each: beyond this the eager peer fills the memory
@@ -48,6 +49,7 @@ def _measure(
     kind: torch.dtype,
     settings: Settings,
     errors: dict[str, str],
+    rounds: int = gpu.ROUNDS,
 ) -> Outcome:
     accuracy = attempt(operations.items(), lambda _, operation: operation.error(), errors)
     calls = {
@@ -57,7 +59,7 @@ def _measure(
         )
         for key in accuracy
     }
-    timings = time_all(calls, gpu.rounds(settings), settings.device, events=True)
+    timings = time_all(calls, gpu.rounds(settings, rounds), settings.device, errors, events=True)
     rows = [
         replace(
             timed(*key, pass_, timings[key], operations[key].work),
@@ -94,7 +96,7 @@ def _run_fold(case: FoldCase, settings: Settings) -> Outcome:
     step = -(-len(initial) // _CHECKED_LAYERS)
     names = [
         name
-        for name in (*OURS, *_fold_peers(case))
+        for name in (*gpu.KERNELS, *_fold_peers(case))
         if FOLDERS[name].missing(settings.device) is None
     ]
     operations = attempt(
@@ -106,7 +108,8 @@ def _run_fold(case: FoldCase, settings: Settings) -> Outcome:
     )
     source = torch.cat([tensor.flatten() for tensor in initial])
     operations[case.name, "copy"] = copy_of(source)
-    return _measure(operations, _fold_pass(case), DTYPES[case.dtype], settings, errors)
+    kind = DTYPES[case.dtype]
+    return _measure(operations, _fold_pass(case), kind, settings, errors, FOLD_ROUNDS)
 
 
 def _fold_pass(case: FoldCase) -> str:

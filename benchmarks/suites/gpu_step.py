@@ -14,7 +14,7 @@ from benchmarks.clock import Call
 from benchmarks.compiled import forget_compiled
 from benchmarks.measure import Key, error_limit, timed
 from benchmarks.record import Row
-from benchmarks.rivals import OURS, RIVALS, Contestant
+from benchmarks.rivals import RIVALS, Contestant
 from benchmarks.suites import gpu
 from benchmarks.suites.suite import (
     Outcome,
@@ -71,7 +71,7 @@ def _run(entries: Entries, settings: Settings) -> Outcome:
         )
         for key in found
     }
-    timings = time_all(calls, gpu.rounds(settings, ROUNDS), device, events=True)
+    timings = time_all(calls, gpu.rounds(settings, ROUNDS), device, errors, events=True)
     forget_compiled()
     limit = error_limit(DTYPES[gpu.dtype(settings)])
     rows = [
@@ -91,10 +91,10 @@ def _run(entries: Entries, settings: Settings) -> Outcome:
 def _tasks(settings: Settings) -> list[Task]:
     kind = gpu.dtype(settings)
     by_block = GPU_SMALL_MODEL if settings.quick else SDXL
-    runs: list[Entries] = [[(model_wide(by_block, kind), (*OURS, *RIVALS_HERE))]]
+    runs: list[Entries] = [[(model_wide(by_block, kind), (*gpu.KERNELS, *RIVALS_HERE))]]
     if not settings.quick:
-        runs[0] = [*runs[0], (model_wide(AT_ONCE, kind), tuple(OURS))]
-        runs.append([(model_wide(BESIDE_COMPILED, kind), (*OURS, COMPILED))])
+        runs[0] = [*runs[0], (model_wide(AT_ONCE, kind), gpu.KERNELS)]
+        runs.append([(model_wide(BESIDE_COMPILED, kind), (*gpu.KERNELS, COMPILED))])
     return [Task(entries[0][0].name, partial(_run, entries, settings)) for entries in runs]
 
 
@@ -115,7 +115,7 @@ def _summary(rows: list[Row]) -> Summary:
 SUITE = Suite(
     "gpu-step",
     "a training step of all 140 K and V projections of SDXL, and its memory",
-    why_missing((*OURS, *RIVALS_HERE, COMPILED)),
+    why_missing((*gpu.KERNELS, *RIVALS_HERE, COMPILED)),
     _tasks,
     _summary,
     goals={

@@ -4,7 +4,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from benchmarks import peak, unet
@@ -12,7 +11,7 @@ from benchmarks.cases import DTYPES
 from benchmarks.clock import WHOLE, Call
 from benchmarks.measure import Key, error_limit, timed
 from benchmarks.record import Row
-from benchmarks.rivals import OURS, RIVALS, UNUSABLE
+from benchmarks.rivals import OURS, RIVALS, UNUSABLE, absent
 from benchmarks.suites import gpu
 from benchmarks.suites.suite import Outcome, Settings, Suite, Task, attempt, time_all
 from benchmarks.summary import Summary, Table
@@ -22,14 +21,16 @@ LORA = "peft"
 
 
 def _missing(of: Callable[[str], str | None], device: str) -> str | None:
-    if not find_spec("diffusers"):
-        return "the package diffusers is not installed"
-    return of(device)
+    return NO_UNET(device) or of(device)
 
 
+NO_UNET = absent("diffusers")
 MISSING = {
     name: partial(_missing, missing)
-    for name, missing in {**UNUSABLE, LORA: RIVALS[LORA].missing}.items()
+    for name, missing in {
+        **{name: UNUSABLE[name] for name in gpu.KERNELS},
+        LORA: RIVALS[LORA].missing,
+    }.items()
 }
 
 
@@ -59,9 +60,9 @@ def _run(label: str, config: dict[str, Any], settings: Settings) -> Outcome:
         return error, peak.growth(lambda: _step(calls[key]), device)
 
     found = attempt(trained.items(), accuracy_and_memory, errors)
-    timings = time_all(
-        {key: calls[key] for key in found}, gpu.rounds(settings, ROUNDS), device, events=True
-    )
+    timed_calls = {key: calls[key] for key in found}
+    rounds = gpu.rounds(settings, ROUNDS)
+    timings = time_all(timed_calls, rounds, device, errors, events=True)
     rows = [
         replace(
             timed(*key, name, timings[key]),
@@ -76,7 +77,7 @@ def _run(label: str, config: dict[str, Any], settings: Settings) -> Outcome:
 
 
 def _tasks(settings: Settings) -> list[Task]:
-    if not find_spec("diffusers"):
+    if NO_UNET(settings.device):
         return []
     label, config = ("small UNet", unet.SMALL) if settings.quick else ("SDXL's UNet", unet.SDXL)
     label = f"{label} x{unet.BATCH} {gpu.dtype(settings)}"

@@ -125,7 +125,12 @@ def training_step(contestant: Contestant) -> Call:
 
 
 def time_all(
-    calls: Mapping[Key, Call], rounds: int, device: str, *, events: bool | None = None
+    calls: Mapping[Key, Call],
+    rounds: int,
+    device: str,
+    errors: dict[str, str],
+    *,
+    events: bool | None = None,
 ) -> Timings:
     """Samples of all calls, interleaved: wall times; with events, which is what devices other than
     the CPU get, the device's times as well, and then its kernels in one more call of each."""
@@ -135,10 +140,12 @@ def time_all(
     times = interleave(
         {key: partial(wall_and_device, it, clock, device) for key, it in calls.items()}, rounds
     )
-    kernels = interleave(
-        {key: partial(profiled, it, clock, device) for key, it in calls.items()}, 1, warm_up=0
-    )
-    return {key: times[key] | kernels[key] for key in calls}
+    # times are worth keeping where a profiler fails
+    kernels = attempt(calls.items(), lambda _, it: profiled(it, clock, device), errors)
+    return {
+        key: times[key] | {name: [value] for name, value in kernels.get(key, {}).items()}
+        for key in calls
+    }
 
 
 def compete(
@@ -160,7 +167,7 @@ def compete(
 
     found = attempt(contestants.items(), accuracy_and_memory, errors)
     calls = {key: training_step(contestants[key]) for key in found}
-    timings = time_all(calls, rounds, device, events=events)
+    timings = time_all(calls, rounds, device, errors, events=events)
     forget_compiled()
     return [
         replace(

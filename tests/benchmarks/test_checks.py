@@ -48,6 +48,15 @@ def test_every_rival_agrees_with_fp64(problem, name):
     assert 0 < errors["step"] < LIMIT
 
 
+@pytest.mark.parametrize("name", [name for name in HERE if name != "ours.triton"])
+def test_every_rival_works_in_bfloat16(name):
+    torch.manual_seed(0)
+    case = as_dtype(SMALL, "bf16")
+    contestant = RIVALS[name].build(make_problem(case, "cpu"))
+    assert contestant.upstream[0].dtype == torch.bfloat16
+    assert 0 < check(contestant)["step"] < error_limit(torch.bfloat16)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(compiler_missing("cpu") is not None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", COMPILED)
