@@ -55,7 +55,7 @@ def list_suites(context: typer.Context) -> None:
     """Time, memory and accuracy beside real rivals. Without a command: lists the suites."""
     if context.invoked_subcommand is None:
         for suite in SUITES.values():
-            typer.echo(f"{suite.name:8}{suite.about}")
+            typer.echo(f"{suite.name:10}{suite.about}")
 
 
 @app.command()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 WHOLE = "step"
@@ -142,7 +141,7 @@ def _device_work(events: Sequence[Any]) -> list[Any]:
     return [
         event
         for event in events
-        if event.device_type != DeviceType.CPU and not getattr(event, "is_user_annotation", False)
+        if event.device_type.name != "CPU" and not getattr(event, "is_user_annotation", False)
     ]
 
 

@@ -7,7 +7,6 @@ else, `frozen` is the vendor's product of the same shape.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -241,10 +240,10 @@ class Entry:
 
 
 def _on_backends(build: Callable[[LinearCase, Problem, str], Operation]) -> dict[str, Entry]:
-    return {
-        name: Entry(partial(build, backend=backend), UNUSABLE[name])
-        for name, backend in OURS.items()
-    }
+    def on(backend: str) -> Build:
+        return lambda case, problem: build(case, problem, backend)
+
+    return {name: Entry(on(backend), UNUSABLE[name]) for name, backend in OURS.items()}
 
 
 OPERATIONS: dict[str, dict[str, Entry]] = {

@@ -124,8 +124,8 @@ def draw_roofline(result: Result, folder: Path) -> list[Path]:
 
 def draw_memory(result: Result, folder: Path) -> list[Path]:
     """What a step adds to the process, and what of it is saved for the backward."""
-    rows = [row for row in result["rows"] if row["peak_mib"] and not failed(row)]
-    if not rows:
+    rows = [row for row in result["rows"] if row["peak_mib"] is not None and not failed(row)]
+    if not any(row["peak_mib"] for row in rows):
         return []
     suite, share = rows[0]["suite"], SDXL_TENTH.name
     # a tenth of the layers stands for all of them
@@ -143,6 +143,8 @@ def draw_memory(result: Result, folder: Path) -> list[Path]:
     how = (
         f"fp32, a process for each; {SDXL.label} of rivals from a tenth of the layers"
         if suite == "memory"
+        else "growth of the process"
+        if result["machine"]["device"] == "cpu"
         else "counted by the device's allocator"
     )
     note = f"what one training step adds to what lives anyway; {how}; {machine_note(result)}"

@@ -24,7 +24,6 @@ from benchmarks.measure import Key, error_limit, timed
 from benchmarks.operations import OPERATIONS, Operation, copy_of, fold
 from benchmarks.problem import fold_inputs, make_problem
 from benchmarks.record import Row
-from benchmarks.rivals import UNUSABLE
 from benchmarks.suites import gpu
 from benchmarks.suites.suite import Outcome, Settings, Suite, Task, attempt, time_all
 from benchmarks.summary import Summary, Table, mean_ratio
@@ -164,7 +163,14 @@ def _summary(rows: list[Row]) -> Summary:
 SUITE = Suite(
     "gpu-ops",
     "compose, sample, fold and the masked product, beside a copy and the vendor's product",
-    {**UNUSABLE, **{name: FOLDERS[name].missing for name in _FOLD_PEERS}},
+    {
+        **{
+            name: entry.missing
+            for entries in OPERATIONS.values()
+            for name, entry in entries.items()
+        },
+        **{name: FOLDERS[name].missing for name in _FOLD_PEERS},
+    },
     _tasks,
     _summary,
     goals={

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`gpu-unet`: a whole training step of a UNet of SDXL's shape, beside PEFT LoRA of its rank."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,18 +19,15 @@ ROUNDS = 10
 LORA = "peft"
 
 
-def _missing(of: Callable[[str], str | None], device: str) -> str | None:
-    return NO_UNET(device) or of(device)
-
-
 NO_UNET = absent("diffusers")
-MISSING = {
-    name: partial(_missing, missing)
-    for name, missing in {
-        **{name: UNUSABLE[name] for name in gpu.KERNELS},
-        LORA: RIVALS[LORA].missing,
-    }.items()
-}
+_OWN_REASON = {name: UNUSABLE[name] for name in gpu.KERNELS} | {LORA: RIVALS[LORA].missing}
+
+
+def _missing(name: str, device: str) -> str | None:
+    return NO_UNET(device) or _OWN_REASON[name](device)
+
+
+MISSING = {name: partial(_missing, name) for name in _OWN_REASON}
 
 
 def _step(call: Call) -> None:
