@@ -4,7 +4,7 @@ colour-blind readers tell apart."""
 
 import io
 import math
-import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -142,8 +142,10 @@ def bars(
 
 
 def _broken(case: str) -> str:
-    """A case's name over several short lines."""
-    return re.sub(r", | (?=x\d)", "\n", case)
+    """A case's name over several short lines, at its spaces."""
+    return textwrap.fill(
+        case.replace(", ", " "), 15, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def log_axis(axes: Axes, lowest: float) -> None:

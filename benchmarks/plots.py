@@ -60,13 +60,19 @@ def draw_times(result: Result, folder: Path) -> list[Path]:
     ]
 
 
+def _panels(rows: Iterable[Row]) -> list[list[str]]:
+    """The cases of the rows, so many side by side as stay legible."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    return [cases[k : k + PANEL] for k in range(0, len(cases), PANEL)]
+
+
 def _draw_time(
     rows: list[Row], dtypes: Sequence[str], result: Result, folder: Path, name: str
 ) -> Path:
-    panels: list[list[str]] = []
-    for dtype in dtypes:
-        cases = list(dict.fromkeys(row["case"] for row in rows if _dtype(row) == dtype))
-        panels += [cases[k : k + PANEL] for k in range(0, len(cases), PANEL)]
+    dtypes = [dtype for dtype in dtypes if any(_dtype(row) == dtype for row in rows)]
+    panels = [
+        panel for dtype in dtypes for panel in _panels(row for row in rows if _dtype(row) == dtype)
+    ]
     figure = new_figure(len(panels))
     for axes, panel in zip(figure.axes, panels, strict=True):
         bars(axes, panel, rows, milliseconds)
@@ -160,20 +166,24 @@ def draw_rates(result: Result, folder: Path) -> list[Path]:
         if row["pass"] not in (*PARTS, "step") and row["gb_s"] and not failed(row)
     ]
     vendor = {row["pass"] for row in rows if row["provider"] == "frozen"}
-    panels: list[tuple[str, Callable[[Row], float | None], list[Row]]] = [
+    units: tuple[tuple[str, Callable[[Row], float | None], list[Row]], ...] = (
         ("GB/s", lambda row: row["gb_s"], [row for row in rows if row["pass"] not in vendor]),
         ("TFLOP/s", lambda row: row["tflop_s"], [row for row in rows if row["pass"] in vendor]),
+    )
+    panels = [
+        (unit, value, labelled, panel)
+        for unit, value, of_unit in units
+        for labelled in [_cases_by_pass(of_unit)]
+        for panel in _panels(labelled)
     ]
-    panels = [panel for panel in panels if panel[2]]
     if not panels:
         return []
     machine = result["machine"]
     rates = machine["gemm_tflops_by_dtype"]
     figure = new_figure(len(panels))
-    for axes, (unit, value, of_unit) in zip(figure.axes, panels, strict=True):
-        labelled = _cases_by_pass(of_unit)
-        bars(axes, list(dict.fromkeys(r["case"] for r in labelled)), labelled, value, log=False)
-        roof = machine["copy_gb_s"] if unit == "GB/s" else rates[_dtype(of_unit[0])]
+    for axes, (unit, value, labelled, panel) in zip(figure.axes, panels, strict=True):
+        bars(axes, panel, labelled, value, log=False)
+        roof = machine["copy_gb_s"] if unit == "GB/s" else rates[_dtype(labelled[0])]
         axes.axhline(roof, color="#222222", linewidth=1.4, label="measured ceiling")
         axes.set_ylabel(unit)
     suite = rows[0]["suite"]
