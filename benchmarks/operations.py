@@ -5,7 +5,9 @@ Peers in the same run say what the machine can do: `copy` moves the bytes of W t
 else, `frozen` is the vendor's product of the same shape.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -152,9 +154,26 @@ def _masked(problem: Problem, x: Tensor, backend: str) -> list[Tensor]:
     return [out.y, out.forget, out.sparse, out.bits]
 
 
+@contextmanager
+def _composing() -> Iterator[None]:
+    """Have W_eff written: without tokens a cost model would find that nobody needs it."""
+    previous = os.environ.get("STAMINA_STRATEGY")
+    os.environ["STAMINA_STRATEGY"] = "compose"
+    try:
+        yield
+    finally:
+        del os.environ["STAMINA_STRATEGY"]
+        if previous is not None:
+            os.environ["STAMINA_STRATEGY"] = previous
+
+
 def sample_compose(case: LinearCase, problem: Problem, backend: str) -> Operation:
     """What a forward does before its product, W_eff, bits and both scalars: one without tokens."""
     nothing = problem.x.detach()[:0]
+
+    def run() -> list[Tensor]:
+        with _composing():
+            return _masked(problem, nothing, backend)
 
     def pairs(outputs: Sequence[Tensor]) -> Pairs:
         _, forget, sparse, bits = outputs
@@ -166,11 +185,7 @@ def sample_compose(case: LinearCase, problem: Problem, backend: str) -> Operatio
             logits = (p.U.double() @ p.V.double() + p.b.double()).detach()
             yield sparse[k], logits.sigmoid().sum()
 
-    return Operation(
-        lambda: _masked(problem, nothing, backend),
-        pairs,
-        _weights_moved(case, 3, 4.0 * case.rank),
-    )
+    return Operation(run, pairs, _weights_moved(case, 3, 4.0 * case.rank))
 
 
 def _products(problem: Problem, weights: Sequence[Tensor]) -> Tensor:
