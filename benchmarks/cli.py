@@ -2,7 +2,7 @@
 """`python -m benchmarks`: list, run, plot, compare, table."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +55,7 @@ def list_suites(context: typer.Context) -> None:
     """Time, memory and accuracy beside real rivals. Without a command: lists the suites."""
     if context.invoked_subcommand is None:
         for suite in SUITES.values():
-            typer.echo(f"{suite.name:8}{suite.about}")
+            typer.echo(f"{suite.name:10}{suite.about}")
 
 
 @app.command()
@@ -64,28 +64,38 @@ def run(
     json: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the result goes.")],
     quick: Annotated[bool, typer.Option("--quick", help="Few cases and rounds: a trial.")] = False,
     device: Annotated[str, typer.Option("--device", help="Where to run it.")] = "cpu",
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", help="After so many no further task begins. Default: no limit."),
+    ] = None,
 ) -> None:
-    """Run a suite and write its result. Status 1 where an accuracy check failed."""
+    """Run a suite and write its result, after every task what there is so far.
+
+    Status 1 where an accuracy check failed or something raised.
+    """
     with _one_line_errors():
         chosen = _suite(suite)
         record.check_writable(json, "--json")
         _check_device(device)
     console = Console(stderr=True)
-    for provider, missing in chosen.rivals.items():
-        if reason := missing():
-            console.print(f"{provider} is left out: {reason}", soft_wrap=True)
-    settings = Settings(quick=quick, device=device)
-    result = _run_with_progress(chosen, settings, console)
+    settings = Settings(quick=quick, device=device, seconds=seconds)
+    result = _run_with_progress(
+        chosen, settings, console, lambda so_far: record.write(json, so_far)
+    )
     record.write(json, result)
-    Console().print(report.summary_table(result["summary"]))
+    for what, why in result["skipped"].items():
+        console.print(f"{what} is left out: {why}", soft_wrap=True, highlight=False)
+    Console().print(report.summary_table(result["summary"], chosen.goals))
     failed = failures(result)
     for line in failed:
-        typer.echo(f"check failed: {line}", err=True)
+        typer.echo(line, err=True)
     if failed:
         raise typer.Exit(1)
 
 
-def _run_with_progress(suite: Suite, settings: Settings, console: Console) -> record.Result:
+def _run_with_progress(
+    suite: Suite, settings: Settings, console: Console, keep: Callable[[record.Result], None]
+) -> record.Result:
     bar = Progress(
         BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
         console=console,
@@ -94,7 +104,7 @@ def _run_with_progress(suite: Suite, settings: Settings, console: Console) -> re
         # the machine's peaks are a task too
         task = bar.add_task(suite.name, total=len(suite.tasks(settings)) + 1, completed=-1)
         result = run_suite(
-            suite, settings, lambda label: bar.update(task, advance=1, description=label)
+            suite, settings, lambda label: bar.update(task, advance=1, description=label), keep
         )
         bar.update(task, advance=1, description=suite.name)
     return result
@@ -145,4 +155,6 @@ def compare(
 def table(file: ResultFile) -> None:
     """Print a result as Markdown, as in the README."""
     with _one_line_errors():
-        typer.echo(report.markdown(record.read(file)))
+        result = record.read(file)
+        suite = SUITES.get(result["rows"][0]["suite"]) if result["rows"] else None
+        typer.echo(report.markdown(result, suite.goals if suite else {}))

@@ -17,10 +17,10 @@ def compiled(function: _Function) -> _Function:
 
 
 @cache
-def compiler_missing() -> str | None:
-    """None, or why torch.compile cannot run here: it needs a C++ compiler."""
+def compiler_missing(device: str) -> str | None:
+    """None, or why torch.compile cannot run for the device: it needs a C++ compiler, or Triton."""
     try:
-        compiled(lambda x: x + 1)(torch.zeros(8))
+        compiled(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # the compiler's absence has no type of its own
         return f"torch.compile does not work here: {str(error).strip().splitlines()[0]}"
     return None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways to put T finished adapters of every layer into its weights: `FOLDERS` names them."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import RANK
-from benchmarks.rivals import LOHA_FACTORS, PROJECTION_NAMES, RIVALS, loha_module
+from benchmarks.rivals import (
+    LOHA_FACTORS,
+    OURS,
+    PROJECTION_NAMES,
+    RIVALS,
+    UNUSABLE,
+    absent,
+    loha_module,
+)
 from stamina_kernels import CommittedAdapter, fold_, unpack_bits
 
 Adapters = Sequence[Sequence[CommittedAdapter]]
@@ -51,13 +60,13 @@ def _exact_delta(layer: Sequence[CommittedAdapter], *, masked: bool) -> Tensor:
     return total
 
 
-def ours(initial: list[Tensor], adapters: Adapters) -> Folder:
-    """One `stamina_kernels.fold_` call from packed bits."""
+def ours(initial: list[Tensor], adapters: Adapters, backend: str | None = None) -> Folder:
+    """One `stamina_kernels.fold_` call from packed bits; on a backend, or the default."""
     weights = [tensor.clone() for tensor in initial]
     return Folder(
         weights,
         initial,
-        fold=lambda: fold_(weights, initial, adapters),
+        fold=lambda: fold_(weights, initial, adapters, backend=backend),
         delta=lambda k: _exact_delta(adapters[k], masked=True),
     )
 
@@ -156,17 +165,25 @@ def loha_merge(initial: list[Tensor], adapters: Adapters) -> Folder:
     return Folder([layer.weight.data for layer in layers], initial, fold, delta)
 
 
+def _peft_fuse_missing(device: str) -> str | None:
+    return absent("diffusers")(device) or RIVALS["peft"].missing(device)
+
+
 @dataclass(frozen=True)
 class FoldRival:
     """How a folder is built, and why it may be absent here."""
 
     build: Callable[[list[Tensor], Adapters], Folder]
-    missing: Callable[[], str | None] = lambda: None
+    missing: Callable[[str], str | None] = lambda device: None
 
 
 FOLDERS = {
     "ours": FoldRival(ours),
+    **{
+        name: FoldRival(functools.partial(ours, backend=backend), UNUSABLE[name])
+        for name, backend in OURS.items()
+    },
     "eager_masks": FoldRival(eager_masks),
-    "peft_fuse": FoldRival(peft_fuse, RIVALS["peft"].missing),
+    "peft_fuse": FoldRival(peft_fuse, _peft_fuse_missing),
     "loha_merge": FoldRival(loha_merge, RIVALS["loha"].missing),
 }

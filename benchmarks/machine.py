@@ -3,7 +3,7 @@
 
 import os
 import platform
-import time
+import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import synchronize
+from benchmarks.cases import DTYPES
+from benchmarks.clock import Call, DeviceClock
 from stamina_kernels import cpu
 
-_PACKAGES = ("torch", "stamina-kernels", "peft", "lycoris-lora", "diffusers", "numpy")
+_PACKAGES = ("torch", "triton", "stamina-kernels", "peft", "lycoris-lora", "diffusers", "numpy")
 GEMM_SIZE = 2048
 COPY_BYTES = 2**28  # well beyond any cache
+GEMM_SIZE_GPU = 8192
+COPY_BYTES_GPU = 2**30
 _REPEATS = 5
 
 
@@ -48,43 +51,63 @@ def _memory_gib() -> float | None:
 
 
 def _best_seconds(work: Callable[[], object], device: str) -> float:
+    """Of a few runs; the warm cache and the clock's lead cost a peak nothing."""
+    clock, call = DeviceClock(device), Call({"work": lambda _: work()})
     work()
-    seconds = []
-    for _ in range(_REPEATS):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(clock(call, lead_ms=1.0)["work"] for _ in range(_REPEATS)) / 1e3
 
 
-def _gemm_gflops(device: str) -> float:
-    a, b, out = (torch.ones(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(3))
-    seconds = _best_seconds(lambda: torch.mm(a, b, out=out), device)
-    return 2 * GEMM_SIZE**3 / seconds / 1e9
+def _gemm_gflops(device: str, dtype: torch.dtype) -> float:
+    size = GEMM_SIZE if device == "cpu" else GEMM_SIZE_GPU
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device) / 1e9
 
 
 def _copy_gb_s(device: str) -> float:
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source), device) / 1e9
+    size = COPY_BYTES if device == "cpu" else COPY_BYTES_GPU
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _best_seconds(lambda: target.copy_(source), device) / 1e9
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    """What tells GPUs of one name apart; read only."""
+    properties = torch.get_device_module(device).get_device_properties()
+    found = {
+        name: getattr(properties, name, None)
+        for name in ("multi_processor_count", "total_memory", "L2_cache_size", "major", "minor")
+    }
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"]
+    try:
+        smi = subprocess.run(
+            [*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        smi = ""
+    return found | {"cuda": torch.version.cuda, "driver_clocks_power": smi or None}
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Processor, memory and instruction sets, with the fp32 GEMM rate and the copy bandwidth.
+    """Processor, memory and instruction sets, with the GEMM rates and the copy bandwidth.
 
-    The two peaks are the best of a few runs, bytes read and written both counted.
+    The peaks are the best of a few runs on random numbers, bytes read and written both counted;
+    gemm_gflops is that of fp32. The CPU's 16-bit rates are left out: without instructions for them
+    one product takes half a minute.
     """
+    dtypes = ("fp32",) if device == "cpu" else tuple(DTYPES)
+    rates = {dtype: _gemm_gflops(device, DTYPES[dtype]) for dtype in dtypes}
     return {
         "cpu": _cpu_model(),
         "device": "cpu" if device == "cpu" else torch.get_device_module(device).get_device_name(),
+        "gpu": None if device == "cpu" else _gpu(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd_kernels": None if cpu.unavailable_reason() else cpu.instruction_set(),
         "simd_torch": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": _memory_gib(),
-        "gemm_gflops": _gemm_gflops(device),
+        "gemm_gflops": rates["fp32"],
+        "gemm_tflops_by_dtype": {dtype: rate / 1e3 for dtype, rate in rates.items()},
         "copy_gb_s": _copy_gb_s(device),
     }
 

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accuracy check and the clock."""
+"""The accuracy check, interleaved rounds, and the rows that come of them."""
 
 import gc
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Work
+from benchmarks.clock import BUSY, DEVICE, LAUNCHES
 from benchmarks.problem import FACTORS
 from benchmarks.rivals import Contestant
 
-PASSES = ("forward", "backward", "step")
 FEWEST_ROUNDS = 5
 ENOUGH_SECONDS = 5.0
 
@@ -24,7 +25,11 @@ ENOUGH_SECONDS = 5.0
 class Measurement:
     """One row of a result, before it knows its suite and machine. Times in ms; null: not measured.
 
-    error is the relative RMS error against fp64, error_limit the most that passes the check.
+    median_ms      as the caller waits for it, with p20 and p80
+    device_ms      between events on the device, from a cold cache, with p20 and p80
+    busy_ms        sum over the kernels, launches their number, in one profiled call
+    gb_s, tflop_s  of what the formula must move and multiply, while the kernels run
+    error          relative RMS error against fp64, error_limit the most that passes the check
     """
 
     case: str
@@ -33,16 +38,17 @@ class Measurement:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
+    device_ms: float | None = None
+    device_p20_ms: float | None = None
+    device_p80_ms: float | None = None
+    busy_ms: float | None = None
+    launches: float | None = None
+    gb_s: float | None = None
+    tflop_s: float | None = None
     saved_mib: float | None = None
     peak_mib: float | None = None
     error: float | None = None
     error_limit: float | None = None
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given; the CPU has."""
-    if device != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def error_limit(dtype: torch.dtype) -> float:
@@ -76,8 +82,9 @@ def _joined(leaves: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tenso
     return joined
 
 
-def _worst(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    return max(relative_rms(a, b) for a, b in zip(got, exact, strict=True))
+def worst(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The largest relative RMS error of (result, exact result)."""
+    return max(relative_rms(got, exact) for got, exact in pairs)
 
 
 def check(contestant: Contestant) -> dict[str, float]:
@@ -92,26 +99,10 @@ def check(contestant: Contestant) -> dict[str, float]:
     exact = contestant.formula(leaves)
     upstream = [gradient.double() for gradient in contestant.upstream]
     exact_gradients = torch.autograd.grad(exact, leaves, upstream)
-    forward = _worst([y.detach() for y in outputs], [y.detach() for y in exact])
-    backward = _worst(_joined(leaves, gradients), _joined(leaves, exact_gradients))
+    forward = worst((y.detach(), e.detach()) for y, e in zip(outputs, exact, strict=True))
+    joined = (_joined(leaves, found) for found in (gradients, exact_gradients))
+    backward = worst(zip(*joined, strict=True))
     return {"forward": forward, "backward": backward, "step": max(forward, backward)}
-
-
-def time_passes(contestant: Contestant, device: str) -> dict[str, float]:
-    """Milliseconds of one forward and one backward; a step is both."""
-    synchronize(device)
-    start = time.perf_counter()
-    outputs = contestant.run()
-    synchronize(device)
-    middle = time.perf_counter()
-    contestant.backward(outputs)
-    synchronize(device)
-    end = time.perf_counter()
-    return {
-        "forward": 1e3 * (middle - start),
-        "backward": 1e3 * (end - middle),
-        "step": 1e3 * (end - start),
-    }
 
 
 Key = tuple[str, str]
@@ -148,7 +139,33 @@ def interleave(
     return timings
 
 
-def timed(case: str, provider: str, pass_: str, milliseconds: Sequence[float]) -> Measurement:
-    """A measurement of the times alone: their median, and the spread as 20 and 80 per cent."""
+def _quantiles(milliseconds: Sequence[float]) -> tuple[float, float, float]:
     p20, median, p80 = np.percentile(np.asarray(milliseconds), [20, 50, 80]).tolist()
-    return Measurement(case, provider, pass_, median_ms=median, p20_ms=p20, p80_ms=p80)
+    return p20, median, p80
+
+
+def timed(
+    case: str,
+    provider: str,
+    pass_: str,
+    times: Mapping[str, Sequence[float]],
+    work: Work | None = None,
+) -> Measurement:
+    """A measurement of the times of one pass: medians, and the spread as 20 and 80 per cent.
+
+    times holds the pass's wall times under its name and what else was sampled under the prefixes
+    of `clock`. The rates are of the kernels' time, or of the time between events where no kernel
+    was seen.
+    """
+    p20, median, p80 = _quantiles(times[pass_])
+    found = {"median_ms": median, "p20_ms": p20, "p80_ms": p80}
+    if samples := times.get(DEVICE + pass_):
+        names = ("device_p20_ms", "device_ms", "device_p80_ms")
+        found |= dict(zip(names, _quantiles(samples), strict=True))
+    if samples := times.get(BUSY + pass_):
+        found |= {"busy_ms": _quantiles(samples)[1]}
+        found |= {"launches": _quantiles(times[LAUNCHES + pass_])[1]}
+    running = found.get("busy_ms") or found.get("device_ms")
+    if work and running:
+        found |= {"gb_s": work.bytes / running / 1e6, "tflop_s": work.flops / running / 1e9}
+    return Measurement(case, provider, pass_, **found)

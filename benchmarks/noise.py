@@ -103,9 +103,9 @@ class Noise:
         return Draw(threshold(raw), bits)
 
 
-def philox_draws(problem: Problem) -> list[Draw]:
-    """What the library draws for this seed and step."""
-    packed = sample_mask(problem.group, seed=problem.seed, step=problem.step)
+def philox_draws(problem: Problem, backend: str | None = None) -> list[Draw]:
+    """What the library draws for this seed and step; backends may differ at the threshold."""
+    packed = sample_mask(problem.group, seed=problem.seed, step=problem.step, backend=backend)
     draws, row = [], 0
     for p in problem.group:
         out, inner = p.weight.shape

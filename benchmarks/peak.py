@@ -10,38 +10,62 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from stamina_adapters.evaluation.cost import saved_mib
 
 from benchmarks.cases import MEMORY_BY_NAME, LinearCase, MemoryCase
-from benchmarks.measure import check, synchronize
-from benchmarks.problem import make_input, make_problem
+from benchmarks.clock import synchronize
+from benchmarks.measure import check
+from benchmarks.problem import Problem, make_input, make_problem
 from benchmarks.rivals import RIVALS, Contestant
 
 _WARM_UP = MemoryCase("warm-up", (LinearCase(64, (32,), 8),))
 _MIB = 2**20
 
 
-def _contestants(case: MemoryCase, provider: str, device: str) -> list[Contestant]:
+def problems(case: MemoryCase, device: str) -> list[Problem]:
+    """One for every group of the case; all share X."""
     x = make_input(case.groups[0], device)
-    return [
-        RIVALS[provider].build(make_problem(group, device, x=x, layer=2 * k))
-        for k, group in enumerate(case.groups)
-    ]
+    layer, made = 0, []
+    for group in case.groups:
+        made.append(make_problem(group, device, x=x, layer=layer))
+        layer += len(group.outs)
+    return made
 
 
-def _forward(contestants: Sequence[Contestant]) -> list[torch.Tensor]:
-    return [output for contestant in contestants for output in contestant.run()]
+def contestants(problems: Sequence[Problem], provider: str) -> list[Contestant]:
+    return [RIVALS[provider].build(problem) for problem in problems]
 
 
-def _step(contestants: Sequence[Contestant]) -> None:
+def forward(groups: Sequence[Contestant]) -> list[torch.Tensor]:
+    return [output for contestant in groups for output in contestant.run()]
+
+
+def backward(
+    groups: Sequence[Contestant], outputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    upstream = [gradient for contestant in groups for gradient in contestant.upstream]
+    leaves = dict.fromkeys(leaf for contestant in groups for leaf in contestant.leaves)
+    return torch.autograd.grad(outputs, list(leaves), upstream)
+
+
+def step(groups: Sequence[Contestant]) -> None:
     """All forwards, then one backward: everything saved is alive at once."""
-    upstream = [gradient for contestant in contestants for gradient in contestant.upstream]
-    leaves = dict.fromkeys(leaf for contestant in contestants for leaf in contestant.leaves)
-    torch.autograd.grad(_forward(contestants), list(leaves), upstream)
+    backward(groups, forward(groups))
+
+
+def saved(groups: Sequence[Contestant]) -> float:
+    """MiB that autograd keeps after all forwards."""
+    known = [tensor for contestant in groups for tensor in contestant.known]
+    return saved_mib(lambda: forward(groups), known)
+
+
+def error(groups: Sequence[Contestant]) -> float:
+    """Of the first and the last group."""
+    return max(check(groups[k])["step"] for k in {0, len(groups) - 1})
 
 
 def _resident(field: str) -> int:
@@ -51,7 +75,7 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _cpu_growth(contestants: Sequence[Contestant]) -> float:
+def _cpu_growth(work: Callable[[], object]) -> float:
     """MiB by which the resident set grows at its highest."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
@@ -59,34 +83,37 @@ def _cpu_growth(contestants: Sequence[Contestant]) -> float:
     except OSError:
         # an earlier peak hides growth below it: a lower bound, where the kernel offers no reset
         baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        _step(contestants)
+        work()
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline) / _MIB
-    _step(contestants)
+    work()
     return (_resident("VmHWM") - baseline) / _MIB
 
 
-def _device_growth(contestants: Sequence[Contestant], device: str) -> float:
+def _device_growth(work: Callable[[], object], device: str) -> float:
     """MiB by which allocated device memory grows at its highest."""
     backend = torch.get_device_module(device)
     synchronize(device)
     backend.reset_peak_memory_stats()
     baseline = backend.memory_allocated()
-    _step(contestants)
+    work()
     synchronize(device)
     return (backend.max_memory_allocated() - baseline) / _MIB
 
 
+def growth(work: Callable[[], object], device: str) -> float:
+    """MiB by which memory grows at its highest while work runs; on the CPU, that of the process."""
+    return _cpu_growth(work) if device == "cpu" else _device_growth(work, device)
+
+
 def measure(case: MemoryCase, provider: str, device: str) -> dict[str, float]:
     """peak_mib and saved_mib of the whole step, error of its first and last group."""
-    _step(_contestants(_WARM_UP, provider, device))  # loads libraries, starts threads
-    contestants = _contestants(case, provider, device)
-    on_cpu = device == "cpu"
-    peak = _cpu_growth(contestants) if on_cpu else _device_growth(contestants, device)
-    known = [tensor for contestant in contestants for tensor in contestant.known]
+    # loads libraries, starts threads
+    step(contestants(problems(_WARM_UP, device), provider))
+    groups = contestants(problems(case, device), provider)
     return {
-        "peak_mib": peak * case.share,
-        "saved_mib": saved_mib(lambda: _forward(contestants), known) * case.share,
-        "error": max(check(contestants[k])["step"] for k in {0, len(contestants) - 1}),
+        "peak_mib": growth(lambda: step(groups), device) * case.share,
+        "saved_mib": saved(groups) * case.share,
+        "error": error(groups),
     }
 
 

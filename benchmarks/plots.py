@@ -1,143 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a result. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
+"""Pictures of a result."""
 
-import io
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.cases import BY_NAME, CONCEPTS_UNIT, RANKS, SDXL
-from benchmarks.record import Result, Row, failed, write_beside
-from benchmarks.report import WHOLE
-
-# colour, hatch; a compiled rival has the colour of the code that it compiles
-_LOOK: dict[str, tuple[str, str]] = {
-    "ours": ("#D55E00", ""),
-    "ours.separate": ("#D55E00", "///"),
-    "gumbel": ("#0072B2", ""),
-    "gumbel.compile": ("#0072B2", "///"),
-    "eager": ("#56B4E9", ""),
-    "eager.compile": ("#56B4E9", "///"),
-    "eager_masks": ("#56B4E9", ""),
-    "peft": ("#009E73", ""),
-    "peft_fuse": ("#009E73", ""),
-    "loha": ("#CC79A7", ""),
-    "loha_merge": ("#CC79A7", ""),
-    "dense": ("#555555", ""),
-    "frozen": ("#BBBBBB", ""),
-}
-_NAMES = {
-    "ours": "ours",
-    "ours.separate": "ours, a call each",
-    "gumbel": "Gumbel-softmax module",
-    "gumbel.compile": "Gumbel-softmax, compiled",
-    "eager": "one-uniform eager",
-    "eager.compile": "one-uniform, compiled",
-    "eager_masks": "eager, bool masks",
-    "peft": "PEFT LoRA (no mask)",
-    "peft_fuse": "PEFT fuse_lora (no mask)",
-    "loha": "LyCORIS LoHa (no mask)",
-    "loha_merge": "LyCORIS LoHa merge",
-    "dense": "dense layer, trained",
-    "frozen": "dense layer, frozen",
-}
-_FILL = {"ours": "full", "eager": "full", "eager.compile": "none", "gumbel": "full"}
-_PANEL = 6  # cases side by side that stay legible
-
-
-def _figure(rows: int, columns: int = 1, *, width: float = 11.0, height: float = 3.4) -> Figure:
-    figure = Figure(figsize=(width, height * rows + 0.9), layout="constrained", dpi=150)
-    figure.subplots(rows, columns, squeeze=False)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", which="major", color="#DDDDDD", linewidth=0.8)
-        axes.set_axisbelow(True)
-    return figure
-
-
-def _finish(figure: Figure, title: str, note: str, path: Path) -> Path:
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
-    handles = {
-        text: handle
-        for axes in figure.axes
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9
-    )
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write_beside(path, image.getvalue())
-    return path
-
-
-def _providers(rows: Iterable[Row]) -> list[str]:
-    """Those in the rows, in the order of the legend."""
-    found = {row["provider"] for row in rows}
-    return [name for name in _LOOK if name in found]
-
-
-def _bars(
-    axes: Axes, cases: Sequence[str], rows: Sequence[Row], value: Callable[[Row], float | None]
-) -> None:
-    """Bars of each case side by side, one a provider; room is kept for those that did not run."""
-    providers = _providers(rows)
-    width = 0.84 / len(providers)
-    found = {(row["case"], row["provider"]): row for row in rows}
-    for k, provider in enumerate(providers):
-        colour, hatch = _LOOK[provider]
-        drawn = [
-            (number, row, height)
-            for number, case in enumerate(cases)
-            if (row := found.get((case, provider))) and (height := value(row))
-        ]
-        if not drawn:
-            continue
-        offset = (k - (len(providers) - 1) / 2) * width
-        axes.bar(
-            [number + offset for number, _, _ in drawn],
-            [height for _, _, height in drawn],
-            width * 0.92,
-            label=_NAMES[provider],
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            linewidth=0,
-        )
-        if value is median:
-            spread = np.array([_whisker(row) for _, row, _ in drawn]).reshape(-1, 2).T
-            axes.errorbar(
-                [number + offset for number, _, _ in drawn], [height for _, _, height in drawn],
-                spread, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=1.5,
-            )  # fmt: skip
-    axes.set_xticks(range(len(cases)), [case.replace(" x", "\nx") for case in cases])
-    heights = [height for row in rows if (height := value(row))]
-    _log(axes, min(heights))
-
-
-def _log(axes: Axes, lowest: float) -> None:
-    """A logarithmic axis in plain numbers that begins below the lowest value."""
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=10 ** math.floor(math.log10(lowest * 0.7)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def median(row: Row) -> float | None:
-    return row["median_ms"]
-
-
-def _whisker(row: Row) -> tuple[float, float]:
-    median, low, high = row["median_ms"], row["p20_ms"], row["p80_ms"]
-    if median is None or low is None or high is None:
-        return 0.0, 0.0
-    return median - low, high - median
+from benchmarks.canvas import (
+    FILL,
+    LOOK,
+    NAMES,
+    PANEL,
+    bars,
+    finish,
+    log_axis,
+    look,
+    machine_note,
+    new_figure,
+    providers_of,
+)
+from benchmarks.cases import BY_NAME, CONCEPTS_UNIT, RANKS, SDXL, SDXL_TENTH
+from benchmarks.record import Result, Row, failed, milliseconds
+from benchmarks.report import PARTS
 
 
 def _dtype(row: Row) -> str:
@@ -151,18 +37,21 @@ def _concepts(row: Row) -> int | None:
     return int(count) if unit == CONCEPTS_UNIT else None
 
 
-def _machine_note(result: Result) -> str:
-    machine = result["machine"]
-    return f"{machine['cpu']}, {machine['threads']} threads; torch {result['versions']['torch']}"
+def _cases_by_pass(rows: Iterable[Row]) -> list[Row]:
+    """The rows, with the pass before the case where there are several: then it tells them apart."""
+    found = list(rows)
+    if len({row["pass"] for row in found}) < 2:
+        return found
+    return [{**row, "case": f"{row['pass']}, {row['case']}"} for row in found]
 
 
 def draw_times(result: Result, folder: Path) -> list[Path]:
     """Time of a step by shape: fp32, and 16 bits in a picture of its own."""
-    rows = [
+    rows = _cases_by_pass(
         row
         for row in result["rows"]
-        if row["pass"] in WHOLE and row["median_ms"] and not failed(row) and not _concepts(row)
-    ]
+        if row["pass"] not in PARTS and milliseconds(row) and not failed(row) and not _concepts(row)
+    )
     pictures = (("time", ("fp32",)), ("time-16bit", ("bf16", "fp16")))
     return [
         _draw_time([row for row in rows if _dtype(row) in dtypes], dtypes, result, folder, name)
@@ -171,23 +60,34 @@ def draw_times(result: Result, folder: Path) -> list[Path]:
     ]
 
 
+def _panels(rows: Iterable[Row]) -> list[list[str]]:
+    """The cases of the rows, so many side by side as stay legible."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    return [cases[k : k + PANEL] for k in range(0, len(cases), PANEL)]
+
+
 def _draw_time(
     rows: list[Row], dtypes: Sequence[str], result: Result, folder: Path, name: str
 ) -> Path:
-    panels: list[list[str]] = []
-    for dtype in dtypes:
-        cases = list(dict.fromkeys(row["case"] for row in rows if _dtype(row) == dtype))
-        panels += [cases[k : k + _PANEL] for k in range(0, len(cases), _PANEL)]
-    figure = _figure(len(panels))
+    dtypes = [dtype for dtype in dtypes if any(_dtype(row) == dtype for row in rows)]
+    panels = [
+        panel for dtype in dtypes for panel in _panels(row for row in rows if _dtype(row) == dtype)
+    ]
+    figure = new_figure(len(panels))
     for axes, panel in zip(figure.axes, panels, strict=True):
-        _bars(axes, panel, rows, median)
+        bars(axes, panel, rows, milliseconds)
         axes.set_xlim(-0.6, max(map(len, panels)) - 0.4)
         axes.set_ylabel("ms")
     suite = rows[0]["suite"]
-    what = "fold" if rows[0]["pass"] == "fold" else "one training step"
-    note = f"median, whiskers p20 and p80, interleaved in one process; {_machine_note(result)}"
+    passes = {row["pass"] for row in rows}
+    what = "one training step" if passes == {"step"} else "fold" if passes == {"fold"} else "a call"
+    clock = "between events on the device" if rows[0]["device_ms"] is not None else "waited for"
+    note = (
+        f"median of the time {clock}, whiskers p20 and p80, interleaved in one process; "
+        f"{machine_note(result)}"
+    )
     title = f"{suite}: time of {what}, {' and '.join(dtypes)}"
-    return _finish(figure, title, note, folder / f"{suite}-{name}.png")
+    return finish(figure, title, note, folder / f"{suite}-{name}.png")
 
 
 def draw_roofline(result: Result, folder: Path) -> list[Path]:
@@ -202,7 +102,7 @@ def draw_roofline(result: Result, folder: Path) -> list[Path]:
     if not rows or rows[0]["suite"] == "scale":
         return []
     peak, bandwidth = result["machine"]["gemm_gflops"], result["machine"]["copy_gb_s"]
-    figure = _figure(1, height=4.6)
+    figure = new_figure(1, height=4.6)
     (axes,) = figure.axes
     intensity = np.geomspace(0.5, 500, 200)
     roof = np.minimum(peak, intensity * bandwidth)
@@ -215,49 +115,93 @@ def draw_roofline(result: Result, folder: Path) -> list[Path]:
         axes.plot(
             [case.step_flops() / case.step_bytes() for case, _ in cases],
             [case.step_flops() / (row["median_ms"] or 1.0) / 1e6 for case, row in cases],
-            marker, color=_LOOK[provider][0], label=_NAMES[provider] if cases else None,
-            markersize=8, fillstyle=_FILL[provider],
+            marker, color=LOOK[provider][0], label=NAMES[provider] if cases else None,
+            markersize=8, fillstyle=FILL[provider],
         )  # fmt: skip
     axes.set_xscale("log")
-    _log(axes, min(case.step_flops() / (row["median_ms"] or 1.0) / 1e6 for case, row in points))
+    log_axis(axes, min(case.step_flops() / (row["median_ms"] or 1.0) / 1e6 for case, row in points))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("FLOP per byte that must move")
     axes.set_ylabel("GFLOP/s")
-    note = f"products of the formulas only, the same count for all; {_machine_note(result)}"
+    note = f"products of the formulas only, the same count for all; {machine_note(result)}"
     title = "Roofline of a masked training step, fp32"
-    return [_finish(figure, title, note, folder / f"{rows[0]['suite']}-roofline.png")]
+    return [finish(figure, title, note, folder / f"{rows[0]['suite']}-roofline.png")]
 
 
 def draw_memory(result: Result, folder: Path) -> list[Path]:
     """What a step adds to the process, and what of it is saved for the backward."""
     rows = [row for row in result["rows"] if row["peak_mib"] is not None and not failed(row)]
-    if not rows:
+    if not any(row["peak_mib"] for row in rows):
         return []
-    small = [row for row in rows if not row["case"].startswith(SDXL.label)]
-    model = [{**row, "case": SDXL.label} for row in rows if row["case"].startswith(SDXL.label)]
-    cases = list(dict.fromkeys(row["case"] for row in small)) + [SDXL.label] * bool(model)
-    figure = _figure(2)
-    values: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
-        ("peak growth, MiB", lambda row: row["peak_mib"]),
-        ("saved for backward, MiB", lambda row: row["saved_mib"]),
-    )
+    suite, share = rows[0]["suite"], SDXL_TENTH.name
+    # a tenth of the layers stands for all of them
+    rows = [{**row, "case": SDXL.label} if row["case"] == share else row for row in rows]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    values: list[tuple[str, Callable[[Row], float | None]]] = [
+        ("peak growth, MiB", lambda row: row["peak_mib"])
+    ]
+    if any(row["saved_mib"] for row in rows):
+        values.append(("saved for backward, MiB", lambda row: row["saved_mib"]))
+    figure = new_figure(len(values))
     for axes, (label, value) in zip(figure.axes, values, strict=True):
-        _bars(axes, cases, [*small, *model], value)  # type: ignore[list-item]
+        bars(axes, cases, rows, value)
         axes.set_ylabel(label)
-    note = (
-        "one training step, fp32, a process for each; weights, W_init, X and upstream gradients "
-        f"not counted; sdxl-140 of rivals from 14 layers x 10; {_machine_note(result)}"
+    how = (
+        f"fp32, a process for each; {SDXL.label} of rivals from a tenth of the layers"
+        if suite == "memory"
+        else "growth of the process"
+        if result["machine"]["device"] == "cpu"
+        else "counted by the device's allocator"
     )
-    return [_finish(figure, "Memory of a training step", note, folder / "memory.png")]
+    note = f"what one training step adds to what lives anyway; {how}; {machine_note(result)}"
+    name = "memory.png" if suite == "memory" else f"{suite}-memory.png"
+    return [finish(figure, "Memory of a training step", note, folder / name)]
 
 
-def _curve(axes: Axes, provider: str, points: Sequence[tuple[int, Row]]) -> None:
+def draw_rates(result: Result, folder: Path) -> list[Path]:
+    """Of single operations: bandwidth beside a copy, FLOP/s beside the vendor's product."""
+    rows = [
+        row
+        for row in result["rows"]
+        if row["pass"] not in (*PARTS, "step") and row["gb_s"] and not failed(row)
+    ]
+    vendor = {row["pass"] for row in rows if row["provider"] == "frozen"}
+    units: tuple[tuple[str, Callable[[Row], float | None], list[Row]], ...] = (
+        ("GB/s", lambda row: row["gb_s"], [row for row in rows if row["pass"] not in vendor]),
+        ("TFLOP/s", lambda row: row["tflop_s"], [row for row in rows if row["pass"] in vendor]),
+    )
+    panels = [
+        (unit, value, labelled, panel)
+        for unit, value, of_unit in units
+        for labelled in [_cases_by_pass(of_unit)]
+        for panel in _panels(labelled)
+    ]
+    if not panels:
+        return []
+    machine = result["machine"]
+    rates = machine["gemm_tflops_by_dtype"]
+    figure = new_figure(len(panels))
+    for axes, (unit, value, labelled, panel) in zip(figure.axes, panels, strict=True):
+        bars(axes, panel, labelled, value, log=False)
+        roof = machine["copy_gb_s"] if unit == "GB/s" else rates[_dtype(labelled[0])]
+        axes.axhline(roof, color="#222222", linewidth=1.4, label="measured ceiling")
+        axes.set_ylabel(unit)
+    suite = rows[0]["suite"]
+    note = (
+        "what the formula must move and multiply, while the kernels run; ceilings: a copy, a "
+        f"matrix product; {machine_note(result)}"
+    )
+    title = f"{suite}: rates reached"
+    return [finish(figure, title, note, folder / f"{suite}-rates.png")]
+
+
+def curve(axes: Axes, provider: str, points: Sequence[tuple[int, Row]]) -> None:
     """Medians over x with the band from p20 to p80."""
-    colour = _LOOK[provider][0]
+    colour, _, name = look(provider)
     x = [count for count, _ in points]
     rows = [row for _, row in points]
     axes.plot(x, [row["median_ms"] or 0.0 for row in rows], "o-", color=colour,
-              label=_NAMES[provider])  # fmt: skip
+              label=name)  # fmt: skip
     low, high = ([row[q] or 0.0 for row in rows] for q in ("p20_ms", "p80_ms"))
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
@@ -272,15 +216,15 @@ def draw_scaling(result: Result, folder: Path) -> list[Path]:
         ("concepts already learned", _concepts),
         ("rank", lambda row: ranks.get(row["case"])),
     )
-    figure = _figure(1, 2, height=4.0)
+    figure = new_figure(1, 2, height=4.0)
     for axes, (label, position) in zip(figure.axes, axis, strict=True):
-        for provider in _providers(row for row in rows if position(row)):
+        for provider in providers_of(row for row in rows if position(row)):
             points = [
                 (x, row) for row in rows if row["provider"] == provider and (x := position(row))
             ]
-            _curve(axes, provider, sorted(points, key=lambda point: point[0]))
+            curve(axes, provider, sorted(points, key=lambda point: point[0]))
         axes.set_xscale("log")
-        _log(axes, min(row["median_ms"] or 1.0 for row in rows if position(row)))
+        log_axis(axes, min(row["median_ms"] or 1.0 for row in rows if position(row)))
         ticks = sorted({x for row in rows if (x := position(row))})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -288,13 +232,13 @@ def draw_scaling(result: Result, folder: Path) -> list[Path]:
         axes.set_ylabel("ms per step")
     note = (
         "ours folds finished concepts into W; PEFT LoRA keeps each as an active adapter; "
-        f"{_machine_note(result)}"
+        f"{machine_note(result)}"
     )
     title = "Cost of a training step as concepts add up, and by rank"
-    return [_finish(figure, title, note, folder / "scale-concepts.png")]
+    return [finish(figure, title, note, folder / "scale-concepts.png")]
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
     """Every picture that the rows allow; the files written."""
-    pictures = (draw_times, draw_roofline, draw_memory, draw_scaling)
+    pictures = (draw_times, draw_rates, draw_roofline, draw_memory, draw_scaling)
     return [path for picture in pictures for path in picture(result, folder)]

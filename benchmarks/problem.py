@@ -90,17 +90,20 @@ def make_problem(
     )
 
 
-def committed(inner: int, out: int, device: str, rank: int = RANK) -> CommittedAdapter:
-    """A finished concept: fp16 factors of order one, half of the mask kept, updates of 1e-3."""
-    words = (inner + 31) // 32
+def random_bits(inner: int, out: int, device: str | torch.device) -> Tensor:
+    """Packed masks that keep half of the weights."""
     if inner % 32:
         raise ValueError(f"inner must be a multiple of 32 (padding bits are zero), got {inner}")
-    bits = torch.randint(-(2**31), 2**31, (out, words), dtype=torch.int32, device=device)
+    return torch.randint(-(2**31), 2**31, (out, inner // 32), dtype=torch.int32, device=device)
+
+
+def committed(inner: int, out: int, device: str, rank: int = RANK) -> CommittedAdapter:
+    """A finished concept: fp16 factors of order one, half of the mask kept, updates of 1e-3."""
     return CommittedAdapter(
         A=torch.randn(out, rank, device=device).half(),
         B=torch.randn(rank, inner, device=device).half(),
         exponent=(-5, -5),
-        bits=bits,
+        bits=random_bits(inner, out, device),
         scale=1.0 / rank,
     )
 

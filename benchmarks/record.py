@@ -19,6 +19,13 @@ Row = TypedDict(
         "median_ms": float | None,
         "p20_ms": float | None,
         "p80_ms": float | None,
+        "device_ms": float | None,
+        "device_p20_ms": float | None,
+        "device_p80_ms": float | None,
+        "busy_ms": float | None,
+        "launches": float | None,
+        "gb_s": float | None,
+        "tflop_s": float | None,
         "saved_mib": float | None,
         "peak_mib": float | None,
         "error": float | None,
@@ -29,13 +36,27 @@ Row = TypedDict(
 )
 
 
+# What results of before devices had clocks lack.
+_LATER = ("device_ms", "device_p20_ms", "device_p80_ms", "busy_ms", "launches", "gb_s", "tflop_s")
+
+
 class Result(TypedDict):
-    """Machine and versions in full; rows repeat them in short, to stand alone."""
+    """Machine and versions in full; rows repeat them in short, to stand alone.
+
+    skipped: what could not run here or had no time left, and why. errors: what raised.
+    """
 
     machine: dict[str, Any]
     versions: dict[str, str | None]
     rows: list[Row]
     summary: dict[str, float | None]
+    skipped: dict[str, str]
+    errors: dict[str, str]
+
+
+def milliseconds(row: Row) -> float | None:
+    """The time that a row is compared by: the device's where it was measured, else the caller's."""
+    return row["device_ms"] if row["device_ms"] is not None else row["median_ms"]
 
 
 def failed(row: Row) -> bool:
@@ -55,8 +76,11 @@ def read(file: Path) -> Result:
         result = json.loads(file.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
+    if isinstance(result, dict):
+        result = {"skipped": {}, "errors": {}} | result
     if not isinstance(result, dict) or not set(Result.__annotations__) <= set(result):
         raise InputError(f"{file} is not a result of `python -m benchmarks run`")
+    result["rows"] = [dict.fromkeys(_LATER) | row for row in result["rows"]]
     if any(set(Row.__annotations__) - set(row) for row in result["rows"]):
         raise InputError(f"{file} has rows that lack fields of this version")
     return result  # type: ignore[return-value]

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table as ScreenTable
 
-from benchmarks.record import Result, Row, failed, key
-from benchmarks.summary import Table
+from benchmarks.record import Result, Row, failed, key, milliseconds
+from benchmarks.summary import Summary, Table
 
 REFUSED = "refused: check failed"
-WHOLE = ("step", "fold")
-"""The passes that stand for a case: what a user waits for."""
+PARTS = ("forward", "backward", "update")
+"""Passes of a longer one. The others stand for a case: they are what a user waits for."""
+Goals = Mapping[str, str]
 
 
 def number(value: float | None) -> str:
@@ -18,18 +19,41 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def summary_table(summary: Mapping[str, float | None]) -> ScreenTable:
-    """The summary on the screen; a null one was refused or has no rows."""
-    table = ScreenTable("summary", "value")
+def _reached(value: float | None, goal: str) -> str:
+    """Whether a figure is what a goal such as ">= 0.85" asks for."""
+    if value is None:
+        return "no figure"
+    relation, bound = goal.split()
+    holds = {">=": value >= float(bound), "<=": value <= float(bound), ">": value > float(bound)}
+    return "yes" if holds[relation] else "no"
+
+
+def _summary_cells(summary: Summary, goals: Goals) -> list[list[str]]:
+    """Name, value and, where the suite has goals, goal and whether it is reached."""
+    cells = []
     for name, value in sorted(summary.items()):
-        table.add_row(name, number(value))
+        goal = goals.get(name)
+        asked = [goal or "", _reached(value, goal) if goal else ""] if goals else []
+        cells.append([name, number(value), *asked])
+    return cells
+
+
+def _summary_header(goals: Goals) -> list[str]:
+    return ["summary", "value", *(["goal", "reached"] if goals else [])]
+
+
+def summary_table(summary: Summary, goals: Goals) -> ScreenTable:
+    """The summary on the screen; a null one was refused or has no rows."""
+    table = ScreenTable(*_summary_header(goals))
+    for cells in _summary_cells(summary, goals):
+        table.add_row(*cells)
     return table
 
 
 def _quantity(row: Row) -> tuple[str, float | None]:
     """What a row is compared by: its time, or its memory where it has no time."""
-    if row["median_ms"] is not None:
-        return "ms", row["median_ms"]
+    if milliseconds(row) is not None:
+        return "ms", milliseconds(row)
     return "MiB", row["peak_mib"]
 
 
@@ -77,16 +101,42 @@ def _cell(row: Row | None) -> str:
     return number(_quantity(row)[1])
 
 
-def markdown(result: Result) -> str:
+_DETAILS: dict[str, str] = {
+    "wall ms": "median_ms", "kernels ms": "busy_ms", "launches": "launches", "GB/s": "gb_s",
+    "TFLOP/s": "tflop_s", "saved MiB": "saved_mib", "peak MiB": "peak_mib", "error": "error",
+}  # fmt: skip
+
+
+def _details(rows: Sequence[Row]) -> list[str]:
+    """Every figure of every row that has times of a device."""
+    body = [
+        [
+            f"{row['case']}, {row['pass']}, {row['provider']}",
+            REFUSED if failed(row) else number(row["device_ms"]),
+            *(number(row[field]) for field in _DETAILS.values()),  # type: ignore[literal-required]
+        ]
+        for row in rows
+        if row["device_ms"] is not None
+    ]
+    return ["", *_markdown(["row", "device ms", *_DETAILS], body)] if body else []
+
+
+def markdown(result: Result, goals: Goals) -> str:
     """The result for a README: one line a case, one column a provider, then the summary."""
-    rows = [row for row in result["rows"] if row["pass"] in WHOLE]
+    rows = [row for row in result["rows"] if row["pass"] not in PARTS]
     table = Table(rows)
     providers = list(dict.fromkeys(row["provider"] for row in rows))
-    passes = {row["case"]: row["pass"] for row in rows}
-    unit = "peak MiB" if any(row["median_ms"] is None for row in rows) else "median ms"
+    lines = dict.fromkeys((row["case"], row["pass"]) for row in rows)
+    several = len({pass_ for _, pass_ in lines}) > 1
+    on_device = any(row["device_ms"] is not None for row in rows)
+    has_times = all(milliseconds(row) is not None for row in rows)
+    unit = "device ms" if on_device else "median ms" if has_times else "peak MiB"
     body = [
-        [case, *(_cell(table.find(case, provider, passes[case])) for provider in providers)]
-        for case in table.cases
+        [
+            f"{pass_}, {case}" if several else case,
+            *(_cell(table.find(case, provider, pass_)) for provider in providers),
+        ]
+        for case, pass_ in lines
     ]
     machine, versions = result["machine"], result["versions"]
     worst = max((row["error"] for row in rows if row["error"] is not None), default=None)
@@ -95,13 +145,20 @@ def markdown(result: Result) -> str:
         f"{rows[0]['machine'] if rows else machine['cpu']}; {packages}. "
         f"Largest relative RMS error against fp64: {number(worst)}."
     )
-    summary = [[f"`{name}`", number(value)] for name, value in sorted(result["summary"].items())]
+    if on_device:
+        products = machine["gemm_tflops_by_dtype"].items()
+        rates = ", ".join(f"{dtype} {number(rate)}" for dtype, rate in products)
+        about += f" Ceilings: copy {number(machine['copy_gb_s'])} GB/s; GEMM {rates} TFLOP/s."
+    summary = [[f"`{name}`", *others] for name, *others in _summary_cells(result["summary"], goals)]
+    left_out = [f"- {what}: {why}" for what, why in (result["skipped"] | result["errors"]).items()]
     return "\n".join(
         [
             *_markdown([unit, *providers], body),
+            *_details(result["rows"]),
             "",
-            *_markdown(["summary", "value"], summary),
+            *_markdown(_summary_header(goals), summary),
             "",
             about,
+            *(["", "Left out:", "", *left_out] if left_out else []),
         ]
     )

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from benchmarks.compiled import compiled, compiler_missing
 from benchmarks.noise import Draw, Noise, Sampler, gumbels, philox_draws, two_classes, uniforms
 from benchmarks.problem import FACTORS, Problem
-from stamina_kernels import MaskedProjection, masked_linear
+from stamina_kernels import MaskedProjection, backends, masked_linear
+from stamina_kernels.dispatch import resolve
 
 Formula = Callable[[list[Tensor]], list[Tensor]]
 
@@ -82,18 +83,19 @@ def _member_upstream(problem: Problem) -> list[Tensor]:
     ]
 
 
-def ours(problem: Problem) -> Contestant:
-    """`stamina_kernels.masked_linear`, all projections in one call."""
+def ours(problem: Problem, backend: str | None = None) -> Contestant:
+    """`stamina_kernels.masked_linear`, all projections in one call; None: the default backend."""
 
     def run() -> list[Tensor]:
         out = masked_linear(
             problem.x, problem.group, scale=problem.scale, tau=problem.tau,
-            seed=problem.seed, step=problem.step,
+            seed=problem.seed, step=problem.step, backend=backend,
         )  # fmt: skip
         return [out.y, out.forget, out.sparse]
 
     def formula(leaves: list[Tensor]) -> list[Tensor]:
-        y, forget, sparse = zip(*_group_exact(problem, philox_draws(problem), leaves), strict=True)
+        draws = philox_draws(problem, backend)
+        y, forget, sparse = zip(*_group_exact(problem, draws, leaves), strict=True)
         return [torch.cat(y, -1), torch.stack(forget), torch.stack(sparse)]
 
     count = len(problem.group)
@@ -130,26 +132,47 @@ def gumbel_masked_linear(
     logits = p.U @ p.V + p.b
     mask = F.gumbel_softmax(two_classes(logits), tau=tau, hard=True)[..., 0]  # type: ignore[arg-type]
     delta = scale * mask * (p.A @ p.B)
-    y = F.linear(x, p.weight + delta)
+    y = F.linear(x, (p.weight + delta).to(x.dtype))
     return y, (change * delta).square().sum(), torch.sigmoid(logits).sum()
+
+
+def _forward(
+    layer: MaskedLinear,
+    x: Tensor,
+    group: list[MaskedProjection],
+    changes: list[Tensor],
+    scale: Tensor,
+    tau: Tensor,
+) -> list[Tensor]:
+    outputs: list[Tensor] = []
+    for p, change in zip(group, changes, strict=True):
+        outputs += layer(x, p, change, scale, tau)
+    return outputs
+
+
+@functools.cache
+def _compiled_forward(layer: MaskedLinear) -> Callable[..., list[Tensor]]:
+    """One for all groups of a model: those of equal shapes share what was compiled."""
+
+    def forward(*arguments: Any) -> list[Tensor]:
+        return _forward(layer, *arguments)
+
+    return compiled(forward)
 
 
 def _dense_mask(
     problem: Problem, layer: MaskedLinear, sampler: Sampler, *, fused: bool = False
 ) -> Contestant:
     """Masked projections in PyTorch, as written or through torch.compile."""
-    changes = [p.weight - p.weight_init for p in problem.group if p.weight_init is not None]
-
-    def forward(x: Tensor, group: list[MaskedProjection], changes: list[Tensor]) -> list[Tensor]:
-        outputs: list[Tensor] = []
-        for p, change in zip(group, changes, strict=True):
-            outputs += layer(x, p, change, problem.scale, problem.tau)
-        return outputs
-
-    call = compiled(forward) if fused else forward
+    changes = [
+        p.weight.float() - p.weight_init.float() for p in problem.group if p.weight_init is not None
+    ]
+    # a compiler would make a variant for every layer's number, which the masks do not use
+    group = [p._replace(layer_id=0) for p in problem.group]
+    call = _compiled_forward(layer) if fused else functools.partial(_forward, layer)
     noise = Noise(problem, compiled(sampler) if fused else sampler, fused=fused)
     return Contestant(
-        run=lambda: call(problem.x, problem.group, changes),
+        run=lambda: call(problem.x, group, changes, problem.scale, problem.tau),
         upstream=_member_upstream(problem),
         leaves=problem.leaves(),
         formula=lambda leaves: sum(_group_exact(problem, noise.draws, leaves), []),
@@ -279,31 +302,55 @@ def _plain(problem: Problem, *, trained: bool) -> Contestant:
     )
 
 
-def _absent(package: str) -> Callable[[], str | None]:
-    return lambda: None if find_spec(package) else f"the package {package} is not installed"
+def absent(package: str) -> Callable[[str], str | None]:
+    """What says, of any device, that the package is missing."""
+    return lambda device: None if find_spec(package) else f"the package {package} is not installed"
 
 
-def _present() -> None:
+def _present(device: str) -> None:
     return None
+
+
+def _unusable(backend: str, device: str) -> str | None:
+    try:
+        resolve(backend, torch.device(device).type)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def on_backend(backend: str) -> str:
+    """The provider that is ours on this backend, whatever the device's default is."""
+    return f"ours.{backend}"
+
+
+OURS = {on_backend(backend): backend for backend in backends()}
+UNUSABLE = {name: functools.partial(_unusable, backend) for name, backend in OURS.items()}
 
 
 @dataclass(frozen=True)
 class Rival:
-    """How a contestant is built, and why it may be absent here."""
+    """How a contestant is built, why it may be absent on a device, and whether it is masked:
+    then it must do all of `LinearCase.work`."""
 
     build: Callable[[Problem], Contestant]
-    missing: Callable[[], str | None] = _present
+    missing: Callable[[str], str | None] = _present
+    masked: bool = False
 
 
 RIVALS = {
-    "ours": Rival(ours),
-    "ours.separate": Rival(ours_separate),
-    "gumbel": Rival(gumbel),
-    "eager": Rival(eager),
-    "gumbel.compile": Rival(functools.partial(gumbel, fused=True), compiler_missing),
-    "eager.compile": Rival(functools.partial(eager, fused=True), compiler_missing),
-    "peft": Rival(peft_lora, _absent("peft")),
-    "loha": Rival(loha, _absent("lycoris")),
+    "ours": Rival(ours, masked=True),
+    "ours.separate": Rival(ours_separate, masked=True),
+    **{
+        name: Rival(functools.partial(ours, backend=backend), UNUSABLE[name], masked=True)
+        for name, backend in OURS.items()
+    },
+    "gumbel": Rival(gumbel, masked=True),
+    "eager": Rival(eager, masked=True),
+    "gumbel.compile": Rival(functools.partial(gumbel, fused=True), compiler_missing, masked=True),
+    "eager.compile": Rival(functools.partial(eager, fused=True), compiler_missing, masked=True),
+    "peft": Rival(peft_lora, absent("peft")),
+    "loha": Rival(loha, absent("lycoris")),
     "dense": Rival(functools.partial(_plain, trained=True)),
     "frozen": Rival(functools.partial(_plain, trained=False)),
 }

@@ -31,14 +31,20 @@ class Table:
         return min(rows, key=lambda row: row["median_ms"] or math.inf, default=None)
 
 
+def wall_ms(row: Row) -> float | None:
+    return row["median_ms"]
+
+
 def mean_ratio(
     cases: Iterable[str],
     above: Callable[[str], Row | None],
     below: Callable[[str], Row | None],
+    value: Callable[[Row], float | None] = wall_ms,
 ) -> float | None:
-    """Geometric mean over cases of the medians' ratio above / below.
+    """Geometric mean over cases of the ratio above / below, of medians of wall time or a value.
 
-    Cases that either lacks are left out. None where there is none, or a check of any row failed.
+    Cases that either lacks, or that lack the value, are left out. None where there is none, or a
+    check of any row failed.
     """
     pairs = [
         (upper, lower)
@@ -47,10 +53,8 @@ def mean_ratio(
     ]
     if any(failed(row) for pair in pairs for row in pair):
         return None
-    return geometric_mean(
-        (upper["median_ms"] or math.nan) / (lower["median_ms"] or math.nan)
-        for upper, lower in pairs
-    )
+    values = [(value(upper), value(lower)) for upper, lower in pairs]
+    return geometric_mean(upper / lower for upper, lower in values if upper and lower)
 
 
 def speedup(

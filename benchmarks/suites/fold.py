@@ -1,38 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fold`: many finished adapters into all K/V layers of a model."""
 
-import time
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from benchmarks.cases import DTYPES, FOLD, FOLD_QUICK, FoldCase
+from benchmarks.cases import DTYPES, FOLD, FOLD_QUICK, FoldCase, as_dtype
+from benchmarks.clock import Call
 from benchmarks.folders import FOLDERS, Folder
 from benchmarks.measure import (
     Key,
     Measurement,
     error_limit,
-    interleave,
-    relative_rms,
-    synchronize,
     timed,
+    worst,
 )
 from benchmarks.problem import fold_inputs
 from benchmarks.record import Row
-from benchmarks.suites.suite import Settings, Suite, Task
+from benchmarks.suites.suite import Outcome, Settings, Suite, Task, time_all
 from benchmarks.summary import Summary, Table, speedup
 
 ROUNDS, QUICK_ROUNDS = 7, 2
-
-
-def _time(folder: Folder, device: str) -> dict[str, float]:
-    folder.reset()
-    synchronize(device)
-    start = time.perf_counter()
-    folder.fold()
-    synchronize(device)
-    return {"fold": 1e3 * (time.perf_counter() - start)}
+PROVIDERS = ("ours", "eager_masks", "peft_fuse", "loha_merge")
 
 
 def _exact(folder: Folder) -> list[torch.Tensor]:
@@ -41,7 +31,7 @@ def _exact(folder: Folder) -> list[torch.Tensor]:
 
 def _error(folder: Folder, exact: list[torch.Tensor]) -> float:
     """The worst layer's relative RMS error after the last fold."""
-    return max(relative_rms(*pair) for pair in zip(folder.weights, exact, strict=True))
+    return worst(zip(folder.weights, exact, strict=True))
 
 
 def correctly_rounded(weight: torch.Tensor, exact: torch.Tensor) -> int:
@@ -61,29 +51,32 @@ def _rounded_fraction(folder: Folder, exact: list[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def _run(case: FoldCase, settings: Settings) -> tuple[list[Measurement], Summary]:
+def _run(case: FoldCase, settings: Settings) -> Outcome:
     initial, adapters = fold_inputs(case, settings.device)
     folders: dict[Key, Folder] = {
-        (case.name, name): rival.build(initial, adapters)
-        for name, rival in FOLDERS.items()
-        if rival.missing() is None
+        (case.name, name): FOLDERS[name].build(initial, adapters)
+        for name in PROVIDERS
+        if FOLDERS[name].missing(settings.device) is None
     }
     for dtype in ("bf16", "fp16"):
         lower = [tensor.to(DTYPES[dtype]) for tensor in initial]
-        folders[replace(case, dtype=dtype).name, "ours"] = FOLDERS["ours"].build(lower, adapters)
-    timings = interleave(
-        {key: partial(_time, folder, settings.device) for key, folder in folders.items()},
-        QUICK_ROUNDS if settings.quick else ROUNDS,
-    )
+        folders[as_dtype(case, dtype).name, "ours"] = FOLDERS["ours"].build(lower, adapters)
+    calls = {
+        key: Call({"fold": lambda _, fold=folder.fold: fold()}, folder.reset)  # type: ignore[misc]
+        for key, folder in folders.items()
+    }
+    errors: dict[str, str] = {}
+    rounds = QUICK_ROUNDS if settings.quick else ROUNDS
+    timings = time_all(calls, rounds, settings.device, errors)
     rows: list[Measurement] = []
     facts: Summary = {}
     for key, folder in folders.items():
         exact, kind = _exact(folder), folder.weights[0].dtype
-        row = timed(*key, "fold", timings[key]["fold"])
+        row = timed(*key, "fold", timings[key])
         rows.append(replace(row, error=_error(folder, exact), error_limit=error_limit(kind)))
         if kind == torch.bfloat16:
             facts["fold.correctly_rounded"] = _rounded_fraction(folder, exact)
-    return rows, facts
+    return Outcome(rows, facts, errors)
 
 
 def _tasks(settings: Settings) -> list[Task]:
@@ -95,15 +88,14 @@ def _summary(rows: list[Row]) -> Summary:
     table = Table(rows)
     return {
         f"fold.speedup.{rival}": speedup(table, table.cases, [rival], "fold")
-        for rival in FOLDERS
-        if rival != "ours"
+        for rival in PROVIDERS[1:]
     }
 
 
 SUITE = Suite(
     "fold",
     f"{FOLD.adapters} finished adapters into {len(FOLD.layers)} layers",
-    {name: rival.missing for name, rival in FOLDERS.items()},
+    {name: FOLDERS[name].missing for name in PROVIDERS},
     _tasks,
     _summary,
 )

@@ -6,10 +6,10 @@ from functools import partial
 
 from benchmarks import cases
 from benchmarks.cases import BY_NAME, LinearCase, as_dtype
-from benchmarks.measure import Key, Measurement
+from benchmarks.measure import Key
 from benchmarks.record import Row
 from benchmarks.rivals import Contestant
-from benchmarks.suites.suite import Settings, Suite, Task, build, compete, why_missing
+from benchmarks.suites.suite import Outcome, Settings, Suite, Task, build, compete, why_missing
 from benchmarks.summary import Summary, Table, geometric_mean, mean_ratio, speedup
 
 ROUNDS, QUICK_ROUNDS = 25, 3
@@ -25,14 +25,16 @@ _COMPILED = ("gumbel.compile", "eager.compile")
 
 def run_case(
     case: LinearCase, rivals: Sequence[str], halves: Sequence[str], settings: Settings
-) -> tuple[list[Measurement], Summary]:
+) -> Outcome:
     """The case with all rivals in fp32, and some of them with 16-bit weights and X, interleaved."""
     entries = [(case, rivals)]
     entries += [(as_dtype(case, dtype), HALF_RIVALS) for dtype in halves]
     contestants: dict[Key, Contestant] = {}
+    errors: dict[str, str] = {}
     for entry, names in entries:
-        contestants |= build(entry, names, settings.device)
-    return compete(contestants, QUICK_ROUNDS if settings.quick else ROUNDS, settings.device), {}
+        contestants |= build(entry, names, settings.device, errors)
+    rounds = QUICK_ROUNDS if settings.quick else ROUNDS
+    return Outcome(compete(contestants, rounds, settings.device, errors), errors=errors)
 
 
 def _tasks(

@@ -10,17 +10,17 @@ from benchmarks.measure import Measurement, error_limit
 from benchmarks.peak import measure_in_child
 from benchmarks.record import Row, failed
 from benchmarks.rivals import RIVALS
-from benchmarks.suites.suite import Settings, Suite, Task, why_missing
+from benchmarks.suites.suite import Outcome, Settings, Suite, Task, why_missing
 from benchmarks.summary import Summary, Table
 
 PROVIDERS = ("ours", "gumbel", "eager", "peft", "loha", "dense")
 _MODEL_WIDE = ((SDXL, "ours"), (SDXL_TENTH, "eager"), (SDXL_TENTH, "gumbel"))
 
 
-def _run(case: MemoryCase, provider: str, settings: Settings) -> tuple[list[Measurement], Summary]:
+def _run(case: MemoryCase, provider: str, settings: Settings) -> Outcome:
     found = measure_in_child(case, provider, settings.device)
     limit = error_limit(torch.float32)
-    return [Measurement(case.name, provider, "step", error_limit=limit, **found)], {}
+    return Outcome([Measurement(case.name, provider, "step", error_limit=limit, **found)])
 
 
 def _tasks(settings: Settings) -> list[Task]:
@@ -32,7 +32,7 @@ def _tasks(settings: Settings) -> list[Task]:
     return [
         Task(f"{case.name}, {provider}", partial(_run, case, provider, settings))
         for case, provider in pairs
-        if RIVALS[provider].missing() is None
+        if RIVALS[provider].missing(settings.device) is None
     ]
 
 

@@ -13,11 +13,11 @@ from benchmarks.cases import (
     STACKED,
     LinearCase,
 )
-from benchmarks.measure import Key, Measurement
+from benchmarks.measure import Key
 from benchmarks.problem import Problem, committed, make_problem
 from benchmarks.record import Row
 from benchmarks.rivals import RIVALS, Contestant, peft_lora
-from benchmarks.suites.suite import Settings, Suite, Task, build, compete, why_missing
+from benchmarks.suites.suite import Outcome, Settings, Suite, Task, build, compete, why_missing
 from benchmarks.summary import Summary, Table, mean_ratio
 from stamina_kernels import fold_
 
@@ -44,28 +44,28 @@ def _learned(count: int, device: str) -> Problem:
     return problem
 
 
-def _run_concepts(settings: Settings) -> tuple[list[Measurement], Summary]:
+def _run_concepts(settings: Settings) -> Outcome:
     """A step of ours after many concepts, and of PEFT LoRA with as many adapters active."""
     counts, stacks = (CONCEPTS[::3], STACKED[:2]) if settings.quick else (CONCEPTS, STACKED)
     contestants: dict[Key, Contestant] = {
         (concepts_case(count), "ours"): RIVALS["ours"].build(_learned(count, settings.device))
         for count in counts
     }
-    if RIVALS["peft"].missing() is None:
+    if RIVALS["peft"].missing(settings.device) is None:
         problem = make_problem(CONCEPT_LAYER, settings.device)
         contestants |= {
             (concepts_case(count), "peft"): peft_lora(problem, adapters=count) for count in stacks
         }
     rounds = QUICK_ROUNDS if settings.quick else CONCEPT_ROUNDS
-    return compete(contestants, rounds, settings.device), {}
+    errors: dict[str, str] = {}
+    return Outcome(compete(contestants, rounds, settings.device, errors), errors=errors)
 
 
-def _run_case(
-    case: LinearCase, rivals: Sequence[str], settings: Settings
-) -> tuple[list[Measurement], Summary]:
-    contestants = build(case, rivals, settings.device)
+def _run_case(case: LinearCase, rivals: Sequence[str], settings: Settings) -> Outcome:
+    errors: dict[str, str] = {}
+    contestants = build(case, rivals, settings.device, errors)
     rounds = QUICK_ROUNDS if settings.quick else ROUNDS
-    return compete(contestants, rounds, settings.device), {}
+    return Outcome(compete(contestants, rounds, settings.device, errors), errors=errors)
 
 
 def _tasks(settings: Settings) -> list[Task]:

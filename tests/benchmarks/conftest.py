@@ -29,13 +29,18 @@ def _small_machine():
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """The result file of every suite, run quickly from the command line."""
+    """The result file of every suite, run quickly from the command line.
+
+    Without Triton's interpreter, which takes minutes for all of them; test_devices.py runs it.
+    """
     folder = tmp_path_factory.mktemp("results")
     written = {}
-    for name in SUITES:
-        written[name] = folder / f"{name}.json"
-        outcome = command("run", name, "--json", written[name], "--quick")
-        assert outcome.exit_code == 0, outcome.output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        for name in SUITES:
+            written[name] = folder / f"{name}.json"
+            outcome = command("run", name, "--json", written[name], "--quick")
+            assert outcome.exit_code == 0, outcome.output
     return written
 
 

@@ -21,7 +21,8 @@ from benchmarks.summary import geometric_mean
 SMALL = LinearCase(64, (32, 48), 10, rank=4)
 TINY = LinearCase(64, (32,), 8)
 LIMIT = error_limit(torch.float32)
-INTERPRETED = [name for name in RIVALS if not name.endswith(".compile")]
+COMPILED = ["eager.compile", "gumbel.compile"]
+HERE = [n for n, rival in RIVALS.items() if n not in COMPILED and rival.missing("cpu") is None]
 
 
 @pytest.fixture
@@ -40,16 +41,25 @@ def scaled(contestant, factor):
     return replace(contestant, run=run)
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", HERE)
 def test_every_rival_agrees_with_fp64(problem, name):
     errors = check(RIVALS[name].build(problem))
     assert errors["step"] == max(errors["forward"], errors["backward"])
     assert 0 < errors["step"] < LIMIT
 
 
+@pytest.mark.parametrize("name", [name for name in HERE if name != "ours.triton"])
+def test_every_rival_works_in_bfloat16(name):
+    torch.manual_seed(0)
+    case = as_dtype(SMALL, "bf16")
+    contestant = RIVALS[name].build(make_problem(case, "cpu"))
+    assert contestant.upstream[0].dtype == torch.bfloat16
+    assert 0 < check(contestant)["step"] < error_limit(torch.bfloat16)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(compiler_missing() is not None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", ["eager.compile", "gumbel.compile"])
+@pytest.mark.skipif(compiler_missing("cpu") is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_rivals_agree_with_fp64_on_the_noise_they_drew(problem, name):
     errors = check(RIVALS[name].build(problem))
     forget_compiled()
@@ -139,7 +149,7 @@ def test_a_failed_check_of_one_rival_refuses_its_speedup_only(tmp_path, monkeypa
 
 
 def test_a_missing_rival_is_named_and_has_no_rows(tmp_path, monkeypatch):
-    absent = Rival(RIVALS["loha"].build, lambda: "the package lycoris is not installed")
+    absent = Rival(RIVALS["loha"].build, lambda device: "the package lycoris is not installed")
     outcome, result, _ = quick_linear(tmp_path, monkeypatch, "loha", absent)
     assert outcome.exit_code == 0
     assert "loha is left out: the package lycoris is not installed" in outcome.stderr

@@ -17,7 +17,14 @@ PICTURES = {
     "fold": {"fold-time.png", "fold-time-16bit.png"},
     "memory": {"memory.png"},
     "scale": {"scale-time.png", "scale-concepts.png"},
+    "gpu-ops": {"gpu-ops-time.png", "gpu-ops-rates.png"},
+    "gpu-kv": {"gpu-kv-time.png"},
+    "gpu-step": {"gpu-step-time.png"},
+    "gpu-unet": {"gpu-unet-time.png"},
 }
+# a step of four small layers may find all its memory among what the process has
+IF_IT_GREW = {"gpu-step-memory.png", "gpu-unet-memory.png"}
+OURS = [(0xD5, 0x5E, 0x00), (0x88, 0x22, 0x55)]  # the default backend, and the one named cpu
 
 
 @pytest.fixture
@@ -82,11 +89,10 @@ def test_pictures_are_drawn(files, tmp_path, suite):
     outcome = command("plot", files[suite], "--output", tmp_path / "pictures")
     assert outcome.exit_code == 0, outcome.output
     drawn = list((tmp_path / "pictures").iterdir())
-    assert {path.name for path in drawn} == PICTURES[suite]
+    assert {path.name for path in drawn} - IF_IT_GREW == PICTURES[suite]
     for path in drawn:
         pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-        ours = np.array([0xD5, 0x5E, 0x00])
-        assert (pixels == ours).all(1).sum() > 50, path.name
+        assert max((pixels == np.array(ours)).all(1).sum() for ours in OURS) > 50, path.name
         assert (pixels == 255).all(1).mean() > 0.3, path.name
 
 

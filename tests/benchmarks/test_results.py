@@ -2,16 +2,40 @@
 """What a result file holds, for every suite."""
 
 import math
+import re
 
 import pytest
 
 from benchmarks.cases import BY_NAME
+from benchmarks.rivals import RIVALS
 from benchmarks.suites import SUITES
 
 FIELDS = {
-    "suite", "case", "provider", "pass", "median_ms", "p20_ms", "p80_ms", "saved_mib", "peak_mib",
-    "error", "error_limit", "machine", "versions",
+    "suite", "case", "provider", "pass", "median_ms", "p20_ms", "p80_ms", "device_ms",
+    "device_p20_ms", "device_p80_ms", "busy_ms", "launches", "gb_s", "tflop_s", "saved_mib",
+    "peak_mib", "error", "error_limit", "machine", "versions",
 }  # fmt: skip
+OURS_HERE = ("ours.reference", "ours.cpu")
+CLOCKS = ("device", "wall")
+
+
+def by_backend(name, *peers, backends=OURS_HERE):
+    return {
+        f"{name}.{ours}.over.{peer}.{clock}"
+        for ours in backends
+        for peer in peers
+        for clock in CLOCKS
+    }
+
+
+def of_lora(name, *figures):
+    return {f"{name}.ours.cpu.of_lora.{figure}" for figure in figures}
+
+
+def over_copy(*names):
+    return {f"{name}.{ours}.over.copy" for ours in OURS_HERE for name in names}
+
+
 SUMMARY = {
     "linear": {
         "speedup.gumbel", "speedup.eager_best", "speedup.loha", "floor_ratio",
@@ -28,8 +52,24 @@ SUMMARY = {
     },
     "memory": {"memory.sdxl_ours_over_eager"},
     "scale": {"scale.step_1000_over_1", "scale.peft_50_over_1"},
+    "gpu-ops": over_copy("compose", "sample_compose")
+    | {"fold_3.ours.cpu.over.copy"}
+    | by_backend("compose", "eager")
+    | by_backend("linear_bits", "frozen")
+    | by_backend("linear_sampled", "frozen")
+    | by_backend("fold_3", "eager_masks", "peft_fuse", "loha_merge", backends=["ours.cpu"]),
+    "gpu-kv": by_backend("kv", "gumbel", "eager", "peft", "loha", "dense", "frozen"),
+    "gpu-step": by_backend("step", "gumbel", "eager", "peft", "loha", "dense",
+                           backends=["ours.cpu"])
+    | of_lora("step", *CLOCKS, "peak"),
+    "gpu-unet": of_lora("unet", *CLOCKS, "peak"),
 }  # fmt: skip
 NOT_RUN_QUICKLY = {"memory.sdxl_ours_over_eager", "scale.peft_50_over_1"}
+# the memory of so small a step may be found among what the process has
+MAYBE_NOTHING = of_lora("step", "peak") | of_lora("unet", "peak")
+ON_DEVICES = [suite for suite in SUITES if suite.startswith("gpu-")]
+
+RUN_IN_FULL = re.compile("fold_1|compile")
 
 every_suite = pytest.mark.parametrize("suite", SUITES)
 
@@ -46,7 +86,8 @@ def median(result, case, provider, pass_="step"):
 @every_suite
 def test_a_file_has_rows_of_one_schema(results, suite):
     result = results[suite]
-    assert set(result) == {"machine", "versions", "rows", "summary"}
+    assert set(result) == {"machine", "versions", "rows", "summary", "skipped", "errors"}
+    assert result["errors"] == {}
     assert result["rows"]
     for row in result["rows"]:
         assert set(row) == FIELDS
@@ -70,7 +111,33 @@ def test_a_row_measures_time_or_memory(results, suite):
             assert row["peak_mib"] > row["saved_mib"] > 0
         else:
             assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-            assert row["peak_mib"] is None
+            has_peak = suite in ("gpu-step", "gpu-unet") and row["pass"] == "step"
+            assert (row["peak_mib"] is not None) == has_peak
+
+
+@every_suite
+def test_a_device_is_timed_by_its_own_clock_too(results, suite):
+    for row in results[suite]["rows"]:
+        times = [row[f"device_{name}ms"] for name in ("p20_", "", "p80_")]
+        assert times == sorted(times) and times[0] > 0 if suite in ON_DEVICES else not any(times)
+        assert row["launches"] is row["busy_ms"] is None  # the profiler sees no device here
+        rated = suite in ON_DEVICES and (row["gb_s"] or 0) > 0
+        assert rated == (suite == "gpu-ops" or suite == "gpu-kv" and masked(row))
+
+
+def masked(row):
+    return RIVALS[row["provider"]].masked
+
+
+@pytest.mark.parametrize("suite", ON_DEVICES)
+def test_backends_that_cannot_run_are_named_with_the_reason(results, suite):
+    result = results[suite]
+    ran = {row["provider"] for row in result["rows"]}
+    assert "ours.cpu" in ran
+    for name in SUITES[suite].rivals:
+        if name.startswith("ours."):
+            assert (name in ran) != (name in result["skipped"])
+    assert "'cpu'" in result["skipped"]["ours.triton"]
 
 
 @every_suite
@@ -78,7 +145,21 @@ def test_the_summary_is_flat_and_complete(results, suite):
     summary = results[suite]["summary"]
     assert set(summary) == SUMMARY[suite]
     for name, value in summary.items():
-        assert value is None if name in NOT_RUN_QUICKLY else 0 < value < math.inf, name
+        if name in NOT_RUN_QUICKLY:
+            assert value is None, name
+        elif not (value is None and name in MAYBE_NOTHING):
+            assert 0 < value < math.inf, name
+
+
+@pytest.mark.parametrize("suite", ON_DEVICES)
+def test_goals_are_of_figures_that_the_suite_tells(results, suite):
+    goals = SUITES[suite].goals
+    assert goals
+    for name, goal in goals.items():
+        relation, bound = goal.split()
+        assert relation in (">=", "<=", ">") and float(bound) > 0
+        if "ours.cpu" in name and not RUN_IN_FULL.search(name):
+            assert name in results[suite]["summary"], name
 
 
 def test_machine_and_versions_say_what_ran(results):
@@ -87,7 +168,8 @@ def test_machine_and_versions_say_what_ran(results):
     assert machine["gemm_gflops"] > 0
     assert machine["copy_gb_s"] > 0
     assert machine["simd_torch"] and machine["cpu"]
-    needed = {"python", "torch", "stamina-kernels", "peft", "lycoris-lora", "diffusers", "numpy"}
+    needed = {"python", "torch", "triton", "stamina-kernels", "peft", "lycoris-lora", "diffusers",
+              "numpy"}  # fmt: skip
     assert set(versions) == needed
 
 

@@ -56,7 +56,7 @@ def eager_masked_linear(
     soft = torch.sigmoid((logits - torch.logit(noise)) / tau)
     mask = (soft > 0.5).to(soft.dtype) + soft - soft.detach()
     delta = scale * mask * (p.A @ p.B)
-    y = F.linear(x, p.weight + delta)
+    y = F.linear(x, (p.weight + delta).to(x.dtype))
     return y, (change * delta).square().sum(), torch.sigmoid(logits).sum()
 
 
