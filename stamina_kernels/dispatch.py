@@ -2,7 +2,7 @@
 """Which backend runs: the one place that decides.
 
 Precedence: the `backend` argument, `use_backend`, the environment variable STAMINA_BACKEND, then
-the default of the device (`cpu` on CPUs, `triton` on GPUs, `reference` where that is not
+the default of the device (`cpu` on CPUs; on GPUs `triton`, then `cuda`; `reference` where none is
 available). A name that is unknown, or that cannot serve the device, raises and says what can.
 """
 
@@ -20,8 +20,10 @@ _MODULES = {
     "reference": "stamina_kernels.reference",
     "cpu": "stamina_kernels.cpu",
     "triton": "stamina_kernels.triton",
+    "cuda": "stamina_kernels.cuda",
 }
-_DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu")}
+# in the order of preference; `reference` serves every device
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
 _override: str | None = None
 
 
