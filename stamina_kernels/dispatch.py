@@ -2,7 +2,7 @@
 """Which backend runs: the one place that decides.
 
 Precedence: the `backend` argument, `use_backend`, the environment variable STAMINA_BACKEND, then
-the default of the device (`cpu` on CPUs; on GPUs `triton`, then `cuda`; `reference` where none is
+the default of the device (`cpu` on CPUs, `triton` on GPUs, `reference` where that is not
 available). A name that is unknown, or that cannot serve the device, raises and says what can.
 """
 
@@ -22,8 +22,8 @@ _MODULES = {
     "triton": "stamina_kernels.triton",
     "cuda": "stamina_kernels.cuda",
 }
-# in the order of preference; `reference` serves every device
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
+_DEFAULTS = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 _override: str | None = None
 
 
@@ -52,12 +52,11 @@ def _serves(name: str, device_type: str) -> bool:
 
 @cache
 def _default(device_type: str) -> str:
-    for name, devices in _DEVICES.items():
-        if device_type in devices:
-            reason = _unavailable_reason(name)
-            if reason is None:
-                return name
-            _log.warning("backend %r is not available, using 'reference': %s", name, reason)
+    name = _DEFAULTS.get(device_type, "reference")
+    reason = _unavailable_reason(name)
+    if reason is None:
+        return name
+    _log.warning("backend %r is not available, using 'reference': %s", name, reason)
     return "reference"
 
 

@@ -3,11 +3,11 @@
 // pass with the statistics.
 //
 // A block of four warps serves a task: up to 128 rows x 128 columns of one member, 32 rows at a
-// time. The strips of A, B, U and V that it needs are copied into shared memory once (ranks above 16:
-// again for every 32 rows). L is a chain of fp32 multiply-adds, because its rounding decides bits. P is the same chain
-// where W_eff is fp32, and three bf16 products on the matrix units where it has 16 bits. These
-// products are far too thin (rank 16) to bind the matrix units: wgmma, which reads operands from
-// shared memory to feed them faster, would only add waiting.
+// time. The strips of A, B, U and V that it needs are copied into shared memory once (ranks above
+// 16: again for every 32 rows). L is a chain of fp32 multiply-adds, because its rounding decides
+// bits. P is the same chain where W_eff is fp32, and three bf16 products on the matrix units where
+// it has 16 bits. These products are far too thin (rank 16) to bind the matrix units: wgmma, which
+// reads operands from shared memory to feed them faster, would only add waiting.
 #pragma once
 
 #include "tile.cuh"
@@ -15,7 +15,8 @@
 namespace stamina::cuda {
 
 constexpr int kComposeThreads = 128;
-constexpr int kComposeBlocks = 4;  // on a multiprocessor at a time, at least: 128 registers a thread
+constexpr int kComposeBlocks =
+    4;  // on a multiprocessor at a time, at least: 128 registers a thread
 constexpr int kTaskRows = 128;
 constexpr int kTileRows = 32;
 constexpr int kLaneRows = kTileRows / 8;
@@ -90,8 +91,8 @@ struct LowRank {
         rank(rank) {}
 
   // Calls step(left, right) for every kRankStep of the rank, with the strips in shared memory at
-  // row `row` of the task and its first column. Ranks up to kRankStep are copied for all rows of the
-  // task at once, with row 0. parity: of the next stage.
+  // row `row` of the task and its first column. Ranks up to kRankStep are copied for all rows of
+  // the task at once, with row 0. parity: of the next stage.
   template <typename Step>
   __device__ void for_steps(ComposeCopies& copies, int& parity, const Task& task, int row,
                             int64_t in_features, const Step& step) const {
@@ -254,8 +255,8 @@ __device__ inline void add_forget(const Group& group, const Member& member, Lane
 // W_eff of a tile, rounded once, and with kSums its part of the statistics.
 template <DType kOut, bool kSums>
 __device__ void apply(const Group& group, const Member& member, LaneMask mask,
-                      const float (&product)[kLaneRows][kLaneColumns], int tile_row,
-                      int64_t column, Sums& sums) {
+                      const float (&product)[kLaneRows][kLaneColumns], int tile_row, int64_t column,
+                      Sums& sums) {
   const float scale = *group.scale;
   const Matrix<void*> effective(group.effective, group.in_features);
   if constexpr (kSums) sums.kept += __popc(mask.bits);

@@ -23,7 +23,7 @@ class Copies {
  public:
   // barriers: kStages in shared memory.
   __device__ explicit Copies(uint64_t* barriers) : barriers_(barriers) {
-    if constexpr (kBulkCopies) {
+    if (kBulkCopies) {
       if (threadIdx.x < kStages) barrier_init(barriers + threadIdx.x, kThreads);
       block_barrier();
     }
@@ -56,7 +56,7 @@ class Copies {
 
   __device__ void publish(int stage) {
     commit_async_copies();
-    if constexpr (kBulkCopies) barrier_arrive(barriers_ + stage, announced_);
+    if (kBulkCopies) barrier_arrive(barriers_ + stage, announced_);
     announced_ = 0;
   }
 
@@ -65,7 +65,7 @@ class Copies {
   template <int kPending>
   __device__ void wait(int stage, int parity) {
     wait_async_copies<kPending>();
-    if constexpr (kBulkCopies) barrier_wait(barriers_ + stage, parity);
+    if (kBulkCopies) barrier_wait(barriers_ + stage, parity);
   }
 
  private:

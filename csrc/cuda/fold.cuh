@@ -3,10 +3,10 @@
 //
 // A block of eight warps keeps the fp32 sum of 128 x 128 weights in registers, 64 a thread, while
 // the adapters of the layer stream through four stages of shared memory: 16 of a rank at a time,
-// 10 KiB. P of 16 x 32 weights comes from four mma on the committed fp16 factors, whose products are
-// exact, and is added under the mask at once. That addition, one instruction to select and one to
-// add for each weight and concept, is what binds, not the matrix units: a rank of 16 gives them one
-// instruction for 128 weights, so wgmma would not shorten anything.
+// 10 KiB. P of 16 x 32 weights comes from four mma on the committed fp16 factors, whose products
+// are exact, and is added under the mask at once. That addition, one instruction to select and one
+// to add for each weight and concept, is what binds, not the matrix units: a rank of 16 gives them
+// one instruction for 128 weights, so wgmma would not shorten anything.
 #pragma once
 
 #include "tile.cuh"
@@ -71,8 +71,8 @@ __device__ inline FoldTask fold_task(const FoldLayer* layers, int count, int blo
   const int column = index % layer.column_tasks * kBlockColumns;
   const int rows = layer.rows - row < kFoldRows ? layer.rows - row : kFoldRows;
   const int64_t columns = layer.in_features - column;
-  return {layer, low, row, column, rows,
-          columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
+  return {layer,  low,  row,
+          column, rows, columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
 }
 
 __device__ inline void copy_step(FoldCopies& copies, int stage, FoldStage& to, const FoldStep& step,
@@ -111,8 +111,8 @@ __device__ inline void add_masked(float (&total)[kLaneColumns], uint32_t bits, f
   }
 }
 
-__device__ inline void add_stage(float (&total)[kFoldLaneRows][kLaneColumns], const FoldStage& stage,
-                                 const Lane& lane) {
+__device__ inline void add_stage(float (&total)[kFoldLaneRows][kLaneColumns],
+                                 const FoldStage& stage, const Lane& lane) {
   const int warp_row = lane.warp / 4 * kFoldWarpRows, warp_word = lane.warp % 4;
   const auto* bytes = reinterpret_cast<const uint8_t*>(stage.bits);
   uint32_t b[4][2];

@@ -184,9 +184,8 @@ void add_steps(const stamina_adapter& adapter, std::vector<FoldStep>& steps) {
   for (int64_t first = 0; first < adapter.rank; first += kRankStep) {
     steps.push_back({static_cast<const uint16_t*>(adapter.A),
                      static_cast<const uint16_t*>(adapter.B),
-                     static_cast<const uint32_t*>(adapter.bits),
-                     static_cast<int32_t>(adapter.rank), static_cast<int32_t>(first),
-                     static_cast<float>(adapter.coefficient)});
+                     static_cast<const uint32_t*>(adapter.bits), static_cast<int32_t>(adapter.rank),
+                     static_cast<int32_t>(first), static_cast<float>(adapter.coefficient)});
   }
 }
 
@@ -211,12 +210,11 @@ bool fold_tables(const stamina_layer* layers, int64_t layer_count, const stamina
     const auto end_step = static_cast<int64_t>(tables.steps.size());
     if (!Checks().size("the sum of adapters[*].rank / 16", end_step, 1).ok()) return false;
     const int64_t column_tasks = ceil_div(layer.in_features, kBlockColumns);
-    tables.layers.push_back({layer.weight, layer.weight_init, layer.in_features,
-                             static_cast<int32_t>(layer.out_features),
-                             static_cast<int32_t>(first_step),
-                             static_cast<int32_t>(end_step - first_step),
-                             static_cast<int32_t>(tables.tasks), static_cast<DType>(layer.dtype),
-                             static_cast<int32_t>(column_tasks)});
+    tables.layers.push_back(
+        {layer.weight, layer.weight_init, layer.in_features,
+         static_cast<int32_t>(layer.out_features), static_cast<int32_t>(first_step),
+         static_cast<int32_t>(end_step - first_step), static_cast<int32_t>(tables.tasks),
+         static_cast<DType>(layer.dtype), static_cast<int32_t>(column_tasks)});
     tables.tasks += ceil_div(layer.out_features, kFoldRows) * column_tasks;
     if (!Checks().size("the number of tasks of all layers", tables.tasks, 1).ok()) return false;
     used += layer.adapters;
@@ -311,18 +309,18 @@ int stamina_sample_compose(const stamina_member* members, int64_t count, int64_t
   group.scale = static_cast<const float*>(scale);
   group.bits = static_cast<uint8_t*>(bits);
   group.effective = effective;
-  return launch_group(
-      group, members, count, in_features,
-      [&](Group part, int64_t tasks, int64_t first_member, int64_t first_task) {
-        part.partials = static_cast<Sums*>(scratch) + first_task;
-        const char* error = with_dtype(dtype, LaunchSampleCompose{part, tasks, stream});
-        if (error != nullptr) return error;
-        const Statistics out{static_cast<float*>(forget) + first_member,
-                             static_cast<float*>(sparse) + first_member,
-                             static_cast<int64_t*>(counts) + 2 * first_member};
-        return launch(statistics_kernel, part.members, 32, stream, part, out,
-                      static_cast<int32_t>(tasks));
-      });
+  return launch_group(group, members, count, in_features,
+                      [&](Group part, int64_t tasks, int64_t first_member, int64_t first_task) {
+                        part.partials = static_cast<Sums*>(scratch) + first_task;
+                        const char* error =
+                            with_dtype(dtype, LaunchSampleCompose{part, tasks, stream});
+                        if (error != nullptr) return error;
+                        const Statistics out{static_cast<float*>(forget) + first_member,
+                                             static_cast<float*>(sparse) + first_member,
+                                             static_cast<int64_t*>(counts) + 2 * first_member};
+                        return launch(statistics_kernel, part.members, 32, stream, part, out,
+                                      static_cast<int32_t>(tasks));
+                      });
 }
 
 int64_t stamina_fold_scratch_bytes(int64_t layers, const stamina_adapter* adapters,

@@ -67,8 +67,8 @@ __device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The four 8 x 8 parts of a 16 x 16 matrix of 16-bit words, as operand a of an mma. Lane l gives the
-// address of row l % 16 of the first (l < 16) or the second 8 columns.
+// The four 8 x 8 parts of a 16 x 16 matrix of 16-bit words, as operand a of an mma. Lane l gives
+// the address of row l % 16 of the first (l < 16) or the second 8 columns.
 __device__ inline void load_matrices(uint32_t (&a)[4], const uint16_t* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
@@ -120,10 +120,10 @@ __device__ inline void bulk_copy(void* shared, const void* global, uint32_t byte
 // stores before bulk copies that later replace them.
 __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t bytes) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done = 0;
@@ -148,13 +148,14 @@ __device__ inline void barrier_wait(uint64_t*, uint32_t) {}
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
                    const Arguments&... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)> > >(
       arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline const char* copy_bytes_to_device(void* device, const void* host, int64_t bytes, void* stream) {
+inline const char* copy_bytes_to_device(void* device, const void* host, int64_t bytes,
+                                        void* stream) {
   const cudaError_t error =
       cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
                       static_cast<cudaStream_t>(stream));

@@ -4,8 +4,8 @@
 // A warp owns blocks of 16 x 32 weights, of which a lane has rows g and g + 8 and the eight
 // neighbouring columns 8t .. 8t + 7 (g = lane / 4, t = lane % 4): 16 bytes of a 16-bit weight, one
 // byte of mask bits, two Philox blocks. The matrix units are given their operands in that order: in
-// mma number j of a block, column n of the fragment is column 4n + j of the weight, and lane t holds
-// k = 4t .. 4t + 3, the same in both operands. So no result is ever shuffled between lanes.
+// mma number j of a block, column n of the fragment is column 4n + j of the weight, and lane t
+// holds k = 4t .. 4t + 3, the same in both operands. So no result is ever shuffled between lanes.
 #pragma once
 
 #include "../common/half.h"
@@ -16,7 +16,9 @@ namespace stamina::cuda {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-STAMINA_HOST_DEVICE constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+STAMINA_HOST_DEVICE constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 constexpr int kLaneColumns = 8;
 constexpr int kWarpColumns = 32;
@@ -42,9 +44,9 @@ struct Factors {
   alignas(16) T right[kRankStep * kRightStride<T>];
 };
 
-// Copies `rows` rows of left and `columns` columns of right, from rank `first` on, and pads the rank
-// with zeros. Rows and columns beyond are left as they are: they touch only results that are never
-// used.
+// Copies `rows` rows of left and `columns` columns of right, from rank `first` on, and pads the
+// rank with zeros. Rows and columns beyond are left as they are: they touch only results that are
+// never used.
 template <typename T, int kRows, typename Copies>
 __device__ void stage_factors(Copies& copies, int stage, Factors<T, kRows>& to, const T* left,
                               const T* right, int rank, int64_t in_features, int first, int rows,
@@ -52,9 +54,8 @@ __device__ void stage_factors(Copies& copies, int stage, Factors<T, kRows>& to, 
   const int depth = rank - first < kRankStep ? rank - first : kRankStep;
   copies.template copy<kRows, kRankStep>(stage, to.left, kRankStep, left + first, rank, rows,
                                          depth);
-  copies.template copy<kRankStep, kBlockColumns>(stage, to.right, kRightStride<T>,
-                                                 right + first * in_features, in_features, depth,
-                                                 columns);
+  copies.template copy<kRankStep, kBlockColumns>(
+      stage, to.right, kRightStride<T>, right + first * in_features, in_features, depth, columns);
   if (depth == kRankStep) return;
   copies.template clear<kRows, kRankStep>(to.left + depth, kRankStep, rows, kRankStep - depth);
   copies.template clear<kRankStep, kBlockColumns>(to.right + depth * kRightStride<T>,

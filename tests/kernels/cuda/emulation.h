@@ -4,7 +4,7 @@
 // Blocks run one after the other; the threads of a block are fibers that give way at barriers and
 // where a warp acts as one. Asynchronous copies are made as late as allowed, when they are waited
 // for, and shared memory is filled with NaN before every block, so that a missing wait or barrier
-// shows. STAMINA_EMULATED_ARCH (80 or 90) chooses the copies.
+// shows. stamina_emulate_bulk_copies chooses between the copies of sm_80 and of sm_90.
 #pragma once
 
 #include <setjmp.h>
@@ -177,11 +177,13 @@ inline void require(bool holds) {
   if (!holds) std::abort();
 }
 
-inline bool is_multiple(const void* p, size_t of) { return reinterpret_cast<uintptr_t>(p) % of == 0; }
+inline bool is_multiple(const void* p, size_t of) {
+  return reinterpret_cast<uintptr_t>(p) % of == 0;
+}
 
 }  // namespace stamina::emulation
 
-#define STAMINA_SHARED(type, name)                    \
+#define STAMINA_SHARED(type, name)                   \
   static ::stamina::emulation::Shared<type> name##_; \
   type& name = name##_.get()
 
@@ -189,7 +191,7 @@ namespace stamina::cuda {
 
 namespace host = ::stamina::emulation;
 
-constexpr bool kBulkCopies = STAMINA_EMULATED_ARCH >= 90;
+inline bool kBulkCopies = false;
 
 inline float exp_approx(float x) { return std::exp(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
@@ -210,8 +212,8 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 // PTX ISA, "Matrix Fragments for mma.m16n8k16": a[0] holds row g, k 2t and 2t + 1; a[1] row g + 8;
-// a[2], a[3] the same at k + 8; b[0] k 2t and 2t + 1 of column g, b[1] the same at k + 8; d[0], d[1]
-// columns 2t and 2t + 1 of row g, d[2], d[3] of row g + 8.
+// a[2], a[3] the same at k + 8; b[0] k 2t and 2t + 1 of column g, b[1] the same at k + 8; d[0],
+// d[1] columns 2t and 2t + 1 of row g, d[2], d[3] of row g + 8.
 template <float (*kToFloat)(uint16_t)>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
@@ -327,3 +329,8 @@ inline const char* copy_bytes_to_device(void* device, const void* from, int64_t 
 }
 
 }  // namespace stamina::cuda
+
+extern "C" __attribute__((visibility("default"), used)) inline void stamina_emulate_bulk_copies(
+    int on) {
+  stamina::cuda::kBulkCopies = on != 0;
+}
