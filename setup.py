@@ -56,7 +56,7 @@ CUDA_FLAGS = [
     "-cudart=static",
     "-shared",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
-    "-Xlinker=--exclude-libs=ALL",
+    "-Xlinker=--version-script=csrc/cuda/exports.map",
     "-Xptxas=-warn-spills",
 ]
 

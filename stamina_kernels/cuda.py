@@ -2,10 +2,10 @@
 """Backend `cuda`: CUDA C++ for NVIDIA GPUs of compute capability 8.0 and above (`csrc/cuda`).
 
 The functions are those of `reference.py`, which defines them. The library `_cuda.so` is loaded on
-first use through its C interface (`csrc/cuda/interface.h`), needs no driver to load, and launches on
-torch's current stream. sample, compose, masked_linear's W_eff with its bits and statistics, and fold_
-are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are the vendor's; the contraction of
-the factors' gradients is backend `triton`'s, which the backward therefore needs.
+first use through its C interface (`csrc/cuda/interface.h`), needs no driver to load, and launches
+on torch's current stream. sample, compose, masked_linear's W_eff with its bits and statistics, and
+fold_ are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are the vendor's; the
+contraction of the factors' gradients is backend `triton`'s, which the backward therefore needs.
 """
 
 import ctypes
@@ -252,15 +252,14 @@ def masked_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Y, forget, sparse, counts and bits of the group; tau matters in the backward only.
 
-    W_eff of up to 38 members comes from one launch. The product is the vendor's: with some hundred
-    tokens for a thousand rows it is as long as composing W_eff, and a product that made its own tile
-    of W_eff would do so once for every 128 tokens.
+    W_eff of up to 38 members comes from one launch. The product is the vendor's: one that made its
+    own tiles of W_eff would draw and multiply them once for every 128 tokens.
     """
     device, n = x.device, len(weight)
     coordinates = list(zip(layer_id, row0, col0, strict=True))
     group = _Group(device, A, B, U, V, b, weight, weight_init, coordinates)
     effective, bits = group.empty_effective(x.dtype), group.empty_bits()
-    forget, sparse = torch.empty(2, n, device=device)
+    forget, sparse = torch.empty(n, device=device), torch.empty(n, device=device)
     counts = torch.empty(n, 2, dtype=torch.int64, device=device)
     library = _library()
     scratch = torch.empty(
