@@ -5,7 +5,7 @@
 // A block of four warps serves a task: up to 128 rows x 128 columns of one member, 32 rows at a
 // time. The strips of A, B, U and V that it needs are copied into shared memory once (ranks above
 // 16: again for every 32 rows). L is a chain of fp32 multiply-adds, because its rounding decides
-// bits. P is the same chain where W_eff is fp32, and three bf16 products on the matrix units where
+// bits. P is the same chain where W_eff is fp32, and three tf32 products on the matrix units where
 // it has 16 bits. These products are far too thin (rank 16) to bind the matrix units: wgmma, which
 // reads operands from shared memory to feed them faster, would only add waiting.
 #pragma once

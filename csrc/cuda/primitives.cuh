@@ -51,15 +51,16 @@ __device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t select
   return __byte_perm(a, b, selector);
 }
 
-// d += a b on one warp: a 16 x 16 by rows, b 16 x 8 by columns, d 16 x 8 fp32 (PTX ISA,
-// "Matrix Fragments for mma.m16n8k16").
-__device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+// d += a b on one warp; a by rows, b by columns, d 16 x 8 fp32 (PTX ISA, "Matrix Fragments for
+// mma.m16n8k8" and "for mma.m16n8k16"). a 16 x 8 and b 8 x 8, tf32:
+__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// a 16 x 16 and b 16 x 8, fp16:
 __device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"

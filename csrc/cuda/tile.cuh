@@ -5,7 +5,8 @@
 // neighbouring columns 8t .. 8t + 7 (g = lane / 4, t = lane % 4): 16 bytes of a 16-bit weight, one
 // byte of mask bits, two Philox blocks. The matrix units are given their operands in that order: in
 // mma number j of a block, column n of the fragment is column 4n + j of the weight, and lane t
-// holds k = 4t .. 4t + 3, the same in both operands. So no result is ever shuffled between lanes.
+// holds k = 4t .. 4t + 3, two for each of two mma, the same in both operands. So no result is ever
+// shuffled between lanes.
 #pragma once
 
 #include "../common/half.h"
@@ -90,52 +91,51 @@ __device__ void multiply_chain(float (&sum)[kRows][kLaneColumns], const float* l
   }
 }
 
-// Two neighbouring k as a pair of bf16 and the pair of what they leave out: 16 bits of each.
-struct SplitPair {
+// x as a tf32 number, which has 11 bits, and the rest, of which the matrix units take 11 bits more.
+// Rounded to nearest: what they leave out has either sign, and sums of squares keep no trace of it.
+struct Split {
   uint32_t high, low;
 };
 
-__device__ inline SplitPair split_pair(float first, float second) {
-  const uint32_t high = pack_bf16(first, second);
-  return {high, pack_bf16(first - bf16_to_float(static_cast<uint16_t>(high)),
-                          second - bf16_to_float(static_cast<uint16_t>(high >> 16)))};
+__device__ inline Split split(float x) {
+  const uint32_t high = (float_bits(x) + 0x1000) & 0xFFFFE000;
+  return {high, float_bits(x - bits_float(high))};
 }
 
-// The same sum on the matrix units, for results of 16 bits: three products of bf16 halves, which
-// carry 16 bits of either factor. left, right: at the warp's first row and column.
+// The same sum on the matrix units, for results of 16 bits: three products of the parts of a split,
+// 2^-21 from the fp32 product. (Three of bf16 would be 2^-16 from it: the sum of squares of D,
+// which is fp32, would show it.) left, right: at the warp's first row and column.
 template <int kRows>
 __device__ void multiply_split(float (&sum)[kRows][kLaneColumns], const float* left,
                                const float* right, const Lane& lane) {
-  SplitPair b[4][2];
-  const float* p_right = right + 4 * lane.quad * kRightStride<float> + 4 * lane.row;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float* row = p_right + 2 * half * kRightStride<float>;
-    const float4 x = *reinterpret_cast<const float4*>(row);
-    const float4 y = *reinterpret_cast<const float4*>(row + kRightStride<float>);
-    b[0][half] = split_pair(x.x, y.x);
-    b[1][half] = split_pair(x.y, y.y);
-    b[2][half] = split_pair(x.z, y.z);
-    b[3][half] = split_pair(x.w, y.w);
-  }
+    const int k = 4 * lane.quad + 2 * half;
+    const float* p_right = right + k * kRightStride<float> + 4 * lane.row;
+    const float4 x = *reinterpret_cast<const float4*>(p_right);
+    const float4 y = *reinterpret_cast<const float4*>(p_right + kRightStride<float>);
+    const Split b[4][2] = {{split(x.x), split(y.x)},
+                           {split(x.y), split(y.y)},
+                           {split(x.z), split(y.z)},
+                           {split(x.w), split(y.w)}};
 #pragma unroll
-  for (int i = 0; i < kRows; i += 2) {
-    const float* p_left = left + (8 * i + lane.row) * kRankStep + 4 * lane.quad;
-    const float4 x = *reinterpret_cast<const float4*>(p_left);
-    const float4 y = *reinterpret_cast<const float4*>(p_left + 8 * kRankStep);
-    const SplitPair pairs[4] = {split_pair(x.x, x.y), split_pair(y.x, y.y), split_pair(x.z, x.w),
-                                split_pair(y.z, y.w)};
-    const uint32_t high[4] = {pairs[0].high, pairs[1].high, pairs[2].high, pairs[3].high};
-    const uint32_t low[4] = {pairs[0].low, pairs[1].low, pairs[2].low, pairs[3].low};
+    for (int i = 0; i < kRows; i += 2) {
+      const float* p_left = left + (8 * i + lane.row) * kRankStep + k;
+      const float2 u = *reinterpret_cast<const float2*>(p_left);
+      const float2 v = *reinterpret_cast<const float2*>(p_left + 8 * kRankStep);
+      const Split a[4] = {split(u.x), split(v.x), split(u.y), split(v.y)};
+      const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+      const uint32_t low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t b_high[2] = {b[j][0].high, b[j][1].high};
-      const uint32_t b_low[2] = {b[j][0].low, b[j][1].low};
-      float d[4] = {sum[i][j], sum[i][4 + j], sum[i + 1][j], sum[i + 1][4 + j]};
-      mma_bf16(d, low, b_high);
-      mma_bf16(d, high, b_low);
-      mma_bf16(d, high, b_high);
-      sum[i][j] = d[0], sum[i][4 + j] = d[1], sum[i + 1][j] = d[2], sum[i + 1][4 + j] = d[3];
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t b_high[2] = {b[j][0].high, b[j][1].high};
+        const uint32_t b_low[2] = {b[j][0].low, b[j][1].low};
+        float d[4] = {sum[i][j], sum[i][4 + j], sum[i + 1][j], sum[i + 1][4 + j]};
+        mma_tf32(d, low, b_high);
+        mma_tf32(d, high, b_low);
+        mma_tf32(d, high, b_high);
+        sum[i][j] = d[0], sum[i][4 + j] = d[1], sum[i + 1][j] = d[2], sum[i + 1][4 + j] = d[3];
+      }
     }
   }
 }

@@ -28,6 +28,9 @@
 struct float4 {
   float x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
 struct uint2 {
   uint32_t x, y;
 };
@@ -211,32 +214,43 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16": a[0] holds row g, k 2t and 2t + 1; a[1] row g + 8;
-// a[2], a[3] the same at k + 8; b[0] k 2t and 2t + 1 of column g, b[1] the same at k + 8; d[0],
-// d[1] columns 2t and 2t + 1 of row g, d[2], d[3] of row g + 8.
-template <float (*kToFloat)(uint16_t)>
-void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// d += a b with a(words of the holder, row beyond 8, k) and b(words of the holder, k), where the
+// holder of row r or column r and of k is lane 4 (r % 8) + holder_of(k).
+template <typename Holder, typename A, typename B>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int depth,
+         const Holder& holder_of, const A& value_a, const B& value_b) {
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   host::exchange(mine, 6, [&](const host::WarpWords& warp) {
     const int lane = host::current % 32, row = lane / 4, quad = lane % 4;
-    const auto value = [](uint32_t word, int k) {
-      return kToFloat(static_cast<uint16_t>(word >> (16 * (k % 2))));
-    };
     for (int e = 0; e < 4; ++e) {
-      for (int k = 0; k < 16; ++k) {
-        const int holder = k % 8 / 2, half = k / 8, column = 2 * quad + e % 2;
-        const uint32_t* of_a = warp.words[4 * row + holder];
-        const uint32_t* of_b = warp.words[4 * column + holder];
-        d[e] += value(of_a[2 * half + e / 2], k) * value(of_b[4 + half], k);
+      const int column = 2 * quad + e % 2;
+      for (int k = 0; k < depth; ++k) {
+        const int holder = holder_of(k);
+        d[e] += value_a(warp.words[4 * row + holder], e / 2, k) *
+                value_b(warp.words[4 * column + holder] + 4, k);
       }
     }
   });
 }
-inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma<bf16_to_float>(d, a, b);
+
+// The hardware takes no notice of the last 13 bits.
+inline float tf32_to_float(uint32_t x) { return bits_float(x & 0xFFFFE000); }
+
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma(
+      d, a, b, 8, [](int k) { return k % 4; },
+      [](const uint32_t* w, int below, int k) { return tf32_to_float(w[2 * (k / 4) + below]); },
+      [](const uint32_t* w, int k) { return tf32_to_float(w[k / 4]); });
 }
+
 inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  mma<half_to_float>(d, a, b);
+  const auto half = [](uint32_t word, int k) {
+    return half_to_float(static_cast<uint16_t>(word >> (16 * (k % 2))));
+  };
+  mma(
+      d, a, b, 16, [](int k) { return k % 8 / 2; },
+      [&](const uint32_t* w, int below, int k) { return half(w[2 * (k / 8) + below], k); },
+      [&](const uint32_t* w, int k) { return half(w[k / 8], k); });
 }
 
 // Matrix m of the four has the rows whose addresses lanes 8m .. 8m + 7 give.
