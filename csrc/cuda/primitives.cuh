@@ -145,13 +145,19 @@ __device__ inline void barrier_arrive(uint64_t*, uint32_t) {}
 __device__ inline void barrier_wait(uint64_t*, uint32_t) {}
 #endif
 
+template <typename T>
+struct Exactly {
+  using Type = T;
+};
+
 // Null, or what went wrong.
-template <typename... Parameters, typename... Arguments>
+template <typename... Parameters>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-                   const Arguments&... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)> > >(
-      arguments...);
-  const cudaError_t error = cudaGetLastError();
+                   typename Exactly<Parameters>::Type... arguments) {
+  void* pointers[] = {&arguments...};
+  const cudaError_t error =
+      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, 0,
+                       static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
