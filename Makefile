@@ -3,7 +3,7 @@
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.stamina-installed
-SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp)
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh tests/kernels/cuda/*.h)
 
 .PHONY: demo test bench lint aot sanitize format clean
 

@@ -20,8 +20,10 @@ _MODULES = {
     "reference": "stamina_kernels.reference",
     "cpu": "stamina_kernels.cpu",
     "triton": "stamina_kernels.triton",
+    "cuda": "stamina_kernels.cuda",
 }
-_DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu")}
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
+_DEFAULTS = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
 _override: str | None = None
 
 
@@ -50,12 +52,11 @@ def _serves(name: str, device_type: str) -> bool:
 
 @cache
 def _default(device_type: str) -> str:
-    for name, devices in _DEVICES.items():
-        if device_type in devices:
-            reason = _unavailable_reason(name)
-            if reason is None:
-                return name
-            _log.warning("backend %r is not available, using 'reference': %s", name, reason)
+    name = _DEFAULTS.get(device_type, "reference")
+    reason = _unavailable_reason(name)
+    if reason is None:
+        return name
+    _log.warning("backend %r is not available, using 'reference': %s", name, reason)
     return "reference"
 
 

@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define STAMINA_HOST_DEVICE __host__ __device__
-#else
-#define STAMINA_HOST_DEVICE
-#endif
+#include "target.h"
 
 namespace stamina {
 
@@ -39,6 +35,11 @@ STAMINA_HOST_DEVICE inline void philox4x32(uint32_t counter[4], PhiloxKey key) {
     key.low += kPhiloxWeyl0;
     key.high += kPhiloxWeyl1;
   }
+}
+
+// Exact in fp32, strictly inside (0, 1).
+STAMINA_HOST_DEVICE inline float uniform_of_word(uint32_t word) {
+  return static_cast<float>(2 * (word >> 9) + 1) * 0x1p-24f;
 }
 
 }  // namespace stamina

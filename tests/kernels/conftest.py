@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from emulated import emulated
 from paths import ALL, forced
+
+from stamina_kernels import backends
 
 
 @pytest.fixture(params=ALL)
@@ -25,3 +28,16 @@ def threads():
     previous = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(previous)
+
+
+@pytest.fixture(params=["sm_80", "sm_90", pytest.param("gpu", marks=pytest.mark.gpu)])
+def cuda_device(request):
+    """Where backend `cuda` runs: the CPU, emulating the copies of an arch, or the GPU."""
+    if request.param == "gpu":
+        reason = backends()["cuda"]
+        if reason is not None:
+            pytest.skip(f"backend 'cuda': {reason}")
+        yield "cuda"
+        return
+    with emulated(bulk_copies=request.param == "sm_90"):
+        yield "cpu"

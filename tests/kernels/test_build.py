@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ library: it builds where it can, is left out with a message where it cannot, and keeps
-to torch's stable ABI."""
+"""The compiled libraries: they build where they can, are left out with a message where they cannot;
+one keeps to torch's stable ABI, the other to its own C interface."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stamina_kernels import cpu
+from stamina_kernels import cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,9 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
 def test_without_a_compiler_the_build_goes_on_without_the_library(tmp_path):
     result = build(tmp_path, CC="/bin/false", CXX="/bin/false")
     assert result.returncode == 0, result.stderr
-    assert 'building extension "stamina_kernels._cpu" failed' in result.stdout + result.stderr
+    for library in ("_cpu", "_cuda"):
+        message = f'building extension "stamina_kernels.{library}" failed'
+        assert message in result.stdout + result.stderr
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -38,31 +40,59 @@ def test_without_torch_the_build_goes_on_without_the_library(tmp_path):
         "found = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'torch' else found(name, *rest)\n"
     )
-    result = build(tmp_path, PYTHONPATH=str(tmp_path))
+    result = build(tmp_path, PYTHONPATH=str(tmp_path), CUDACXX="/bin/false")
     assert result.returncode == 0, result.stderr
     assert "torch cannot be imported" in result.stdout + result.stderr
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_missing_library_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "_cpu.so")
-    assert "_cpu.so was not built" in cpu.unavailable_reason.__wrapped__()
+@pytest.mark.parametrize("backend", [cpu, cuda])
+def test_a_missing_library_is_reported(backend, tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_LIBRARY", tmp_path / "library.so")
+    assert "library.so was not built" in backend.unavailable_reason.__wrapped__()
 
 
-def test_a_broken_library_is_reported(tmp_path, monkeypatch):
-    (tmp_path / "_cpu.so").write_text("not a library")
-    monkeypatch.setattr(cpu, "_LIBRARY", tmp_path / "_cpu.so")
-    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
-    assert "_cpu.so cannot be used" in cpu.unavailable_reason.__wrapped__()
+@pytest.mark.parametrize("backend", [cpu, cuda])
+def test_a_broken_library_is_reported(backend, tmp_path, monkeypatch):
+    (tmp_path / "library.so").write_text("not a library")
+    monkeypatch.setattr(backend, "_LIBRARY", tmp_path / "library.so")
+    monkeypatch.setattr(backend, "_library", backend._library.__wrapped__)
+    assert "library.so cannot be used" in backend.unavailable_reason.__wrapped__()
+
+
+def symbols(library: Path, which: str) -> set[str]:
+    if not library.exists() or shutil.which("nm") is None:
+        pytest.skip(f"needs {library.name} and nm")
+    listing = subprocess.run(
+        ["nm", "-D", which, library], capture_output=True, text=True, check=True
+    ).stdout
+    return set(re.findall(r" [A-Za-z] ([^\s@]+)", listing))
+
+
+def test_the_cuda_library_exports_its_c_interface_alone():
+    header = (ROOT / "csrc/cuda/interface.h").read_text()
+    declared = set(re.findall(r"STAMINA_EXPORT [^;(]*?(stamina_\w+)\(", header))
+    assert len(declared) == 7
+    assert symbols(cuda._LIBRARY, "--defined-only") == declared
+
+
+def test_the_cuda_library_loads_without_a_driver():
+    imported = symbols(cuda._LIBRARY, "--undefined-only")
+    assert not [name for name in imported if re.match(r"cu[A-Z]|cuda|torch|aoti|_?Py", name)]
+    program = f"import ctypes; ctypes.CDLL({str(cuda._LIBRARY)!r}).stamina_error(); print('loaded')"
+    child = [sys.executable, "-c", program]
+    assert subprocess.run(child, capture_output=True, text=True).stdout == "loaded\n"
+
+
+def test_without_a_gpu_the_cuda_backend_says_so(monkeypatch):
+    if not cuda._LIBRARY.exists():
+        pytest.skip("_cuda.so was not built")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cuda.unavailable_reason.__wrapped__() == "no NVIDIA GPU is visible"
 
 
 def test_only_stable_symbols_are_imported():
-    if cpu.unavailable_reason() is not None or shutil.which("nm") is None:
-        pytest.skip(f"needs the library and nm: {cpu.unavailable_reason()}")
-    listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", cpu._LIBRARY], capture_output=True, text=True, check=True
-    ).stdout
-    imported = set(re.findall(r" [Uw] ([^\s@]+)", listing))
+    imported = symbols(cpu._LIBRARY, "--undefined-only")
     # the C and C++ runtimes are the only others
     torch_symbols = {name for name in imported if re.search(r"torch|c10|at[0-9]|^_?Py", name)}
     assert "torch_parallel_for" in torch_symbols

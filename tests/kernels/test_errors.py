@@ -71,7 +71,7 @@ def test_bad_projection(change, message):
         ({"seed": torch.tensor(1.0)}, "seed must be of dtype torch.int64, got torch.float32"),
         ({"step": 3}, "step must be a tensor, got int"),
         ({"sparse_kind": "l1"}, "sparse_kind must be 'sigmoid' or 'relu', got 'l1'"),
-        ({"backend": "gpu"}, "backend must be one of reference, cpu, triton, got 'gpu'"),
+        ({"backend": "gpu"}, "backend must be one of reference, cpu, triton, cuda, got 'gpu'"),
         ({"x": torch.tensor(1.0)}, "x must be of shape"),
         ({"x": torch.zeros(2, 10, dtype=torch.int32)}, "x must be of dtype"),
         ({"member": []}, "projections must be at least one projection"),

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// W = round(W_init + sum_t c_t M_t (.) (A_t B_t)) for all layers in one launch.
+//
+// A block of eight warps keeps the fp32 sum of 128 x 128 weights in registers, 64 a thread, while
+// the adapters of the layer stream through four stages of shared memory: 16 of a rank at a time,
+// 10 KiB. P of 16 x 32 weights comes from four mma on the committed fp16 factors, whose products
+// are exact, and is added under the mask at once. That addition, one instruction to select and one
+// to add for each weight and concept, is what binds, not the matrix units: a rank of 16 gives them
+// one instruction for 128 weights, so wgmma would not shorten anything.
+#pragma once
+
+#include "tile.cuh"
+
+namespace stamina::cuda {
+
+constexpr int kFoldThreads = 256;
+constexpr int kFoldRows = 128;
+constexpr int kFoldStages = 4;
+constexpr int kFoldWarpRows = 64;
+constexpr int kFoldLaneRows = kFoldWarpRows / 8;
+constexpr int kBlockWords = kBlockColumns / 32;
+
+// kRankStep of the rank of one adapter, from rank `first` on.
+struct FoldStep {
+  const uint16_t *A, *B;  // fp16, of the whole adapter
+  const uint32_t* bits;
+  int32_t rank, first;
+  float coefficient;
+};
+
+struct FoldLayer {
+  void* weight;
+  const void* initial;
+  int64_t in_features;
+  int32_t rows, first_step, steps;
+  int32_t first_task;
+  DType dtype;
+  int32_t column_tasks;
+};
+
+struct FoldStage {
+  Factors<uint16_t, kFoldRows> factors;
+  alignas(16) uint32_t bits[kFoldRows * kBlockWords];
+  float coefficient;
+};
+
+using FoldStages = FoldStage[kFoldStages];
+using FoldBarriers = uint64_t[kFoldStages];
+using FoldCopies = Copies<kFoldThreads, kFoldStages>;
+
+// In shared memory, where it takes no registers.
+struct FoldTask {
+  FoldLayer layer;
+  int32_t layer_index;
+  int32_t row, column, rows, columns;
+};
+
+__device__ inline FoldTask fold_task(const FoldLayer* layers, int count, int block) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (layers[middle].first_task <= block) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const FoldLayer layer = layers[low];
+  const int index = block - layer.first_task;
+  const int row = index / layer.column_tasks * kFoldRows;
+  const int column = index % layer.column_tasks * kBlockColumns;
+  const int rows = layer.rows - row < kFoldRows ? layer.rows - row : kFoldRows;
+  const int64_t columns = layer.in_features - column;
+  return {layer,  low,  row,
+          column, rows, columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
+}
+
+__device__ inline void copy_step(FoldCopies& copies, int stage, FoldStage& to, const FoldStep& step,
+                                 const FoldTask& task) {
+  const int64_t features = task.layer.in_features, words = (features + 31) / 32;
+  stage_factors(copies, stage, to.factors, step.A + static_cast<int64_t>(task.row) * step.rank,
+                step.B + task.column, step.rank, features, step.first, task.rows, task.columns);
+  copies.copy<kFoldRows, kBlockWords>(stage, to.bits, kBlockWords,
+                                      step.bits + task.row * words + task.column / 32, words,
+                                      task.rows, (task.columns + 31) / 32);
+  if (threadIdx.x == 0) to.coefficient = step.coefficient;
+}
+
+// The fragments of B for the four mma of a block: columns in the order of tile.cuh, k in that of
+// ldmatrix, which loads A.
+__device__ inline void load_right(uint32_t (&b)[4][2], const uint16_t* right, const Lane& lane) {
+  const uint16_t* p_right = right + 2 * lane.quad * kRightStride<uint16_t> + 4 * lane.row;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint16_t* row = p_right + 8 * half * kRightStride<uint16_t>;
+    const uint2 x = *reinterpret_cast<const uint2*>(row);
+    const uint2 y = *reinterpret_cast<const uint2*>(row + kRightStride<uint16_t>);
+    b[0][half] = permute_bytes(x.x, y.x, 0x5410);
+    b[1][half] = permute_bytes(x.x, y.x, 0x7632);
+    b[2][half] = permute_bytes(x.y, y.y, 0x5410);
+    b[3][half] = permute_bytes(x.y, y.y, 0x7632);
+  }
+}
+
+// total += c M (.) P of one row of a lane.
+__device__ inline void add_masked(float (&total)[kLaneColumns], uint32_t bits, float coefficient,
+                                  const float (&product)[kLaneColumns]) {
+#pragma unroll
+  for (int j = 0; j < kLaneColumns; ++j) {
+    if ((bits & (1u << j)) != 0) total[j] = fmaf(coefficient, product[j], total[j]);
+  }
+}
+
+__device__ inline void add_stage(float (&total)[kFoldLaneRows][kLaneColumns],
+                                 const FoldStage& stage, const Lane& lane) {
+  const int warp_row = lane.warp / 4 * kFoldWarpRows, warp_word = lane.warp % 4;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(stage.bits);
+  uint32_t b[4][2];
+  load_right(b, stage.factors.right + kWarpColumns * warp_word, lane);
+  // the address that ldmatrix wants of each lane: row lane % 16, its first or second 8 of the rank
+  const int thread = static_cast<int>(threadIdx.x % 32);
+  const uint16_t* p_left =
+      stage.factors.left + (warp_row + thread % 16) * kRankStep + thread / 16 * 8;
+#pragma unroll
+  for (int i = 0; i < kFoldLaneRows; i += 2) {
+    const int row = warp_row + 8 * i + lane.row;
+    uint32_t a[4];
+    load_matrices(a, p_left + 8 * i * kRankStep);
+    float product[2][kLaneColumns];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      mma_half(d, a, b[j]);
+      product[0][j] = d[0], product[0][4 + j] = d[1];
+      product[1][j] = d[2], product[1][4 + j] = d[3];
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t bits = bytes[(row + 8 * h) * kBlockWords * 4 + 4 * warp_word + lane.quad];
+      add_masked(total[i + h], bits, stage.coefficient, product[h]);
+    }
+  }
+}
+
+// Adds the sum to W_init and rounds once. Returns whether every result is finite.
+template <DType kDType, int kRows>
+__device__ bool store_folded(const FoldTask& task, const float (&total)[kRows][kLaneColumns],
+                             const float (&initial)[kRows][kLaneColumns], int row, int64_t column) {
+  const FoldLayer& layer = task.layer;
+  const Matrix<void*> weight(layer.weight, layer.in_features);
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int valid = valid_columns(row + 8 * i, layer.rows, column, layer.in_features);
+    float sum[kLaneColumns];
+#pragma unroll
+    for (int j = 0; j < kLaneColumns; ++j) {
+      sum[j] = initial[i][j] + total[i][j];
+      float rounded = sum[j];
+      if constexpr (kDType == DType::kBFloat16) rounded = bf16_to_float(float_to_bf16(sum[j]));
+      if constexpr (kDType == DType::kFloat16) rounded = half_to_float(float_to_half(sum[j]));
+      if (j < valid && !(fabsf(rounded) < INFINITY)) finite = false;
+    }
+    store_row<kDType>(weight, (row + 8 * i) * layer.in_features + column, valid, sum);
+  }
+  return finite;
+}
+
+template <int kRows>
+__device__ bool finish_rows(const FoldTask& task, const float (&total)[kRows][kLaneColumns],
+                            int row, int64_t column) {
+  const FoldLayer& layer = task.layer;
+  float initial[kRows][kLaneColumns];
+  load_rows(initial, {layer.initial, layer.in_features}, layer.dtype, row, layer.rows, column);
+  if (layer.dtype == DType::kFloat32) {
+    return store_folded<DType::kFloat32>(task, total, initial, row, column);
+  }
+  return layer.dtype == DType::kBFloat16
+             ? store_folded<DType::kBFloat16>(task, total, initial, row, column)
+             : store_folded<DType::kFloat16>(task, total, initial, row, column);
+}
+
+// overflow: one flag per layer, zero before.
+__global__ void __launch_bounds__(kFoldThreads, 2)
+    fold_kernel(const FoldLayer* layers, int32_t count, const FoldStep* all_steps,
+                int32_t* overflow) {
+  STAMINA_SHARED(FoldStages, stages);
+  STAMINA_SHARED(FoldBarriers, barriers);
+  STAMINA_SHARED(FoldTask, task);
+  if (threadIdx.x == 0) task = fold_task(layers, count, static_cast<int>(blockIdx.x));
+  block_barrier();
+  const Lane lane;
+  FoldCopies copies(barriers);
+  constexpr unsigned kAhead = kFoldStages - 1;
+  const auto steps = static_cast<unsigned>(task.layer.steps);
+  float total[kFoldLaneRows][kLaneColumns] = {};
+  // one step is added while those up to `copied` are on their way
+#pragma unroll 1
+  for (unsigned copied = 0; copied < steps + kAhead; ++copied) {
+    const unsigned added = copied - kAhead, stage = added % kFoldStages;
+    if (copied >= kAhead) {
+      copies.wait<kAhead - 1>(stage, added / kFoldStages % 2);
+      block_barrier();  // also: every thread is done with the stage that is copied into next
+    }
+    const unsigned next = copied % kFoldStages;
+    if (copied < steps) {
+      copy_step(copies, next, stages[next], all_steps[task.layer.first_step + copied], task);
+    }
+    copies.publish(next);
+    if (copied >= kAhead) add_stage(total, stages[stage], lane);
+  }
+
+  const int row = task.row + lane.warp / 4 * kFoldWarpRows + lane.row;
+  const int64_t column = task.column + lane.warp % 4 * kWarpColumns + kLaneColumns * lane.quad;
+  bool finite = true;
+  constexpr int kTogether = 2;  // rows: more do not fit the registers
+#pragma unroll
+  for (int first = 0; first < kFoldLaneRows; first += kTogether) {
+    float rows[kTogether][kLaneColumns];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+      for (int j = 0; j < kLaneColumns; ++j) rows[i][j] = total[first + i][j];
+    }
+    finite &= finish_rows(task, rows, row + 8 * first, column);
+  }
+  if (!finite) overflow[task.layer_index] = 1;
+}
+
+}  // namespace stamina::cuda

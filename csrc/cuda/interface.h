@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of the CUDA backend: all that the library exports, bound by
+// stamina_kernels/cuda.py.
+//
+// Every function returns a status; stamina_error() tells what was wrong, in words that name the
+// argument. Matrices are contiguous, row by row; sizes are int64; pointers are device pointers
+// unless said otherwise; `stream` is a raw cudaStream_t. Nothing is launched where an argument is
+// wrong.
+#pragma once
+
+#include <stdint.h>
+
+#define STAMINA_EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+enum { STAMINA_OK = 0, STAMINA_INVALID_ARGUMENT = 1, STAMINA_CUDA_ERROR = 2 };
+
+enum { STAMINA_FLOAT32 = 0, STAMINA_BFLOAT16 = 1, STAMINA_FLOAT16 = 2 };
+
+// One projection of a group; an operation reads what its formula names.
+typedef struct {
+  const void* weight;       // out_features x in_features, of dtype
+  const void* weight_init;  // the same, or null
+  const void *A, *B;        // fp32, out_features x rank and rank x in_features
+  const void *U, *V, *b;    // fp32, out_features x mask_rank, mask_rank x in_features, 1
+  int64_t out_features, rank, mask_rank;
+  int64_t dtype;
+  int64_t layer_id, row0, col0;
+} stamina_member;
+
+// members: on the host. bits: int32 [sum O, ceil(I / 32)]. seed, step: int64.
+STAMINA_EXPORT int stamina_sample(const stamina_member* members, int64_t count, int64_t in_features,
+                                  const void* seed, const void* step, int64_t hard, void* bits,
+                                  void* stream);
+
+// effective: [sum O, I] of `dtype`. scale: fp32.
+STAMINA_EXPORT int stamina_compose(const stamina_member* members, int64_t count,
+                                   int64_t in_features, const void* scale, const void* bits,
+                                   int64_t dtype, void* effective, void* stream);
+
+// Bytes of scratch memory that stamina_sample_compose needs, or -1 where an argument is wrong.
+STAMINA_EXPORT int64_t stamina_scratch_bytes(const stamina_member* members, int64_t count,
+                                             int64_t in_features);
+
+// forget, sparse: fp32 [count]; counts: int64 [count, 2].
+STAMINA_EXPORT int stamina_sample_compose(const stamina_member* members, int64_t count,
+                                          int64_t in_features, const void* scale, const void* seed,
+                                          const void* step, int64_t hard, int64_t relu,
+                                          int64_t dtype, void* effective, void* bits, void* forget,
+                                          void* sparse, void* counts, void* scratch,
+                                          int64_t scratch_bytes, void* stream);
+
+// A committed adapter: fp16 factors, int32 bits [O, ceil(I / 32)], D = coefficient M (.) (A B).
+typedef struct {
+  const void *A, *B, *bits;
+  int64_t rank;
+  double coefficient;
+} stamina_adapter;
+
+// A layer and how many of the adapters, which follow each other, are its own; at least one.
+typedef struct {
+  void* weight;
+  const void* weight_init;
+  int64_t out_features, in_features, dtype, adapters;
+} stamina_layer;
+
+// Bytes of scratch memory that stamina_fold needs; reads the adapters' ranks.
+STAMINA_EXPORT int64_t stamina_fold_scratch_bytes(int64_t layers, const stamina_adapter* adapters,
+                                                  int64_t adapter_count);
+
+// layers, adapters: on the host. overflow: int32 [layer_count], zero before; 1 where a result is
+// not finite. Not for graph capture: the tables are copied from the host.
+STAMINA_EXPORT int stamina_fold(const stamina_layer* layers, int64_t layer_count,
+                                const stamina_adapter* adapters, int64_t adapter_count,
+                                void* overflow, void* scratch, int64_t scratch_bytes, void* stream);
+
+// What the last call of this thread that failed found wrong.
+STAMINA_EXPORT const char* stamina_error(void);
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every instruction that C++ does not spell, and the launch. Compiled by a host compiler, the same
+// names come from emulation.h (tests/kernels/cuda), so that the kernels run, as they are, on a CPU.
+#pragma once
+
+#include <cstdint>
+
+#ifndef __CUDACC__
+#include "emulation.h"
+#else
+
+// A variable in shared memory.
+#define STAMINA_SHARED(type, name) __shared__ type name
+
+namespace stamina::cuda {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+#else
+constexpr bool kBulkCopies = false;
+#endif
+
+// e^x through ex2.approx: relative error below 2^-22 + |x| 2^-24.
+__device__ inline float exp_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
+}
+
+__device__ inline float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Two values in one word, `low` in its low half.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+__device__ inline uint32_t pack_half(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// Nibble i of the selector names byte i of the result: 0 to 3 of a, 4 to 7 of b.
+__device__ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// d += a b on one warp; a by rows, b by columns, d 16 x 8 fp32 (PTX ISA, "Matrix Fragments for
+// mma.m16n8k8" and "for mma.m16n8k16"). a 16 x 8 and b 8 x 8, tf32:
+__device__ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// a 16 x 16 and b 16 x 8, fp16:
+__device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The four 8 x 8 parts of a 16 x 16 matrix of 16-bit words, as operand a of an mma. Lane l gives
+// the address of row l % 16 of the first (l < 16) or the second 8 columns.
+__device__ inline void load_matrices(uint32_t (&a)[4], const uint16_t* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
+               : "memory");
+}
+
+// Every warp of the block arrives, wherever it is in the code.
+__device__ inline void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
+
+template <typename T>
+__device__ inline T shuffle_xor(T value, int lane_mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, lane_mask);
+}
+
+__device__ inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+__device__ inline void copy_vector_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
+__device__ inline void commit_async_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ inline void wait_async_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+__device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ inline void bulk_copy(void* shared, const void* global, uint32_t bytes,
+                                 uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+// Arrives and announces the bytes of this thread's bulk copies. The fence orders the thread's own
+// stores before bulk copies that later replace them.
+__device__ inline void barrier_arrive(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  }
+}
+#else
+__device__ inline void barrier_init(uint64_t*, uint32_t) {}
+__device__ inline void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
+__device__ inline void barrier_arrive(uint64_t*, uint32_t) {}
+__device__ inline void barrier_wait(uint64_t*, uint32_t) {}
+#endif
+
+template <typename T>
+struct Exactly {
+  using Type = T;
+};
+
+// Null, or what went wrong.
+template <typename... Parameters>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+                   typename Exactly<Parameters>::Type... arguments) {
+  void* pointers[] = {&arguments...};
+  const cudaError_t error =
+      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, 0,
+                       static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline const char* copy_bytes_to_device(void* device, const void* host, int64_t bytes,
+                                        void* stream) {
+  const cudaError_t error =
+      cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
+                      static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace stamina::cuda
+
+#endif

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// What tiles of the operator are made of. Formulas: stamina_kernels/reference.py.
+//
+// A warp owns blocks of 16 x 32 weights, of which a lane has rows g and g + 8 and the eight
+// neighbouring columns 8t .. 8t + 7 (g = lane / 4, t = lane % 4): 16 bytes of a 16-bit weight, one
+// byte of mask bits, two Philox blocks. The matrix units are given their operands in that order: in
+// mma number j of a block, column n of the fragment is column 4n + j of the weight, and lane t
+// holds k = 4t .. 4t + 3, two for each of two mma, the same in both operands. So no result is ever
+// shuffled between lanes.
+#pragma once
+
+#include "../common/half.h"
+#include "../common/philox.h"
+#include "copies.cuh"
+
+namespace stamina::cuda {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+STAMINA_HOST_DEVICE constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
+constexpr int kLaneColumns = 8;
+constexpr int kWarpColumns = 32;
+constexpr int kBlockColumns = 128;
+constexpr int kRankStep = 16;  // of a rank, held in shared memory at a time
+// 16 bytes beyond the columns: rows 4 apart then lie in different halves of the banks.
+template <typename T>
+constexpr int kRightStride = kBlockColumns + 16 / static_cast<int>(sizeof(T));
+
+struct Lane {
+  int warp, row, quad;
+
+  __device__ Lane()
+      : warp(static_cast<int>(threadIdx.x / 32)),
+        row(static_cast<int>(threadIdx.x % 32 / 4)),
+        quad(static_cast<int>(threadIdx.x % 4)) {}
+};
+
+// kRankStep of the rank of a product left right: kRows of left and kBlockColumns of right.
+template <typename T, int kRows>
+struct Factors {
+  alignas(16) T left[kRows * kRankStep];
+  alignas(16) T right[kRankStep * kRightStride<T>];
+};
+
+// Copies `rows` rows of left and `columns` columns of right, from rank `first` on, and pads the
+// rank with zeros. Rows and columns beyond are left as they are: they touch only results that are
+// never used.
+template <typename T, int kRows, typename Copies>
+__device__ void stage_factors(Copies& copies, int stage, Factors<T, kRows>& to, const T* left,
+                              const T* right, int rank, int64_t in_features, int first, int rows,
+                              int columns) {
+  const int depth = rank - first < kRankStep ? rank - first : kRankStep;
+  copies.template copy<kRows, kRankStep>(stage, to.left, kRankStep, left + first, rank, rows,
+                                         depth);
+  copies.template copy<kRankStep, kBlockColumns>(
+      stage, to.right, kRightStride<T>, right + first * in_features, in_features, depth, columns);
+  if (depth == kRankStep) return;
+  copies.template clear<kRows, kRankStep>(to.left + depth, kRankStep, rows, kRankStep - depth);
+  copies.template clear<kRankStep, kBlockColumns>(to.right + depth * kRightStride<T>,
+                                                  kRightStride<T>, kRankStep - depth, columns);
+}
+
+// sum[i][j] += left[8i] right[.][j] over kRankStep: one chain of fused multiply-adds over ascending
+// k. left, right: at the lane's first row and column.
+template <int kRows>
+__device__ void multiply_chain(float (&sum)[kRows][kLaneColumns], const float* left,
+                               const float* right) {
+#pragma unroll 2
+  for (int k = 0; k < kRankStep; k += 4) {
+    float a[kRows][4];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const float4 row = *reinterpret_cast<const float4*>(left + 8 * i * kRankStep + k);
+      a[i][0] = row.x, a[i][1] = row.y, a[i][2] = row.z, a[i][3] = row.w;
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float* row = right + (k + n) * kRightStride<float>;
+      const float4 low = *reinterpret_cast<const float4*>(row);
+      const float4 high = *reinterpret_cast<const float4*>(row + 4);
+      const float b[kLaneColumns] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kLaneColumns; ++j) sum[i][j] = fmaf(a[i][n], b[j], sum[i][j]);
+      }
+    }
+  }
+}
+
+// x as a tf32 number, which has 11 bits, and the rest, of which the matrix units take 11 bits more.
+// Rounded to nearest: what they leave out has either sign, and sums of squares keep no trace of it.
+struct Split {
+  uint32_t high, low;
+};
+
+__device__ inline Split split(float x) {
+  const uint32_t high = (float_bits(x) + 0x1000) & 0xFFFFE000;
+  return {high, float_bits(x - bits_float(high))};
+}
+
+// The same sum on the matrix units, for results of 16 bits: three products of the parts of a split,
+// 2^-21 from the fp32 product. (Three of bf16 would be 2^-16 from it: the sum of squares of D,
+// which is fp32, would show it.) left, right: at the warp's first row and column.
+template <int kRows>
+__device__ void multiply_split(float (&sum)[kRows][kLaneColumns], const float* left,
+                               const float* right, const Lane& lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int k = 4 * lane.quad + 2 * half;
+    const float* p_right = right + k * kRightStride<float> + 4 * lane.row;
+    const float4 x = *reinterpret_cast<const float4*>(p_right);
+    const float4 y = *reinterpret_cast<const float4*>(p_right + kRightStride<float>);
+    const Split b[4][2] = {{split(x.x), split(y.x)},
+                           {split(x.y), split(y.y)},
+                           {split(x.z), split(y.z)},
+                           {split(x.w), split(y.w)}};
+#pragma unroll
+    for (int i = 0; i < kRows; i += 2) {
+      const float* p_left = left + (8 * i + lane.row) * kRankStep + k;
+      const float2 u = *reinterpret_cast<const float2*>(p_left);
+      const float2 v = *reinterpret_cast<const float2*>(p_left + 8 * kRankStep);
+      const Split a[4] = {split(u.x), split(v.x), split(u.y), split(v.y)};
+      const uint32_t high[4] = {a[0].high, a[1].high, a[2].high, a[3].high};
+      const uint32_t low[4] = {a[0].low, a[1].low, a[2].low, a[3].low};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t b_high[2] = {b[j][0].high, b[j][1].high};
+        const uint32_t b_low[2] = {b[j][0].low, b[j][1].low};
+        float d[4] = {sum[i][j], sum[i][4 + j], sum[i + 1][j], sum[i + 1][4 + j]};
+        mma_tf32(d, low, b_high);
+        mma_tf32(d, high, b_low);
+        mma_tf32(d, high, b_high);
+        sum[i][j] = d[0], sum[i][4 + j] = d[1], sum[i + 1][j] = d[2], sum[i + 1][4 + j] = d[3];
+      }
+    }
+  }
+}
+
+// A matrix in device memory, row by row, and whether rows and base take 16-byte accesses.
+template <typename Pointer>
+struct Matrix {
+  Pointer data;
+  int64_t columns;
+  bool vectors;
+
+  __device__ Matrix(Pointer p, int64_t columns)
+      : data(p), columns(columns), vectors(columns % kLaneColumns == 0 && is_aligned(p)) {}
+};
+
+template <DType kDType>
+__device__ inline float to_float(uint16_t x) {
+  return kDType == DType::kBFloat16 ? bf16_to_float(x) : half_to_float(x);
+}
+
+template <DType kDType>
+__device__ inline uint32_t pack_pair(float low, float high) {
+  return kDType == DType::kBFloat16 ? pack_bf16(low, high) : pack_half(low, high);
+}
+
+// Columns of row and of the lane that exist, at most kLaneColumns.
+__device__ inline int valid_columns(int row, int rows, int64_t column, int64_t columns) {
+  if (row >= rows || column >= columns) return 0;
+  return columns - column < kLaneColumns ? static_cast<int>(columns - column) : kLaneColumns;
+}
+
+// Elements of rows row + 8i and of the lane's columns from `column` on as fp32, zero where none is.
+template <DType kDType, int kRows>
+__device__ void load_rows_as(float (&to)[kRows][kLaneColumns], const Matrix<const void*>& from,
+                             int row, int rows, int64_t column) {
+  if (!from.vectors) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int valid = valid_columns(row + 8 * i, rows, column, from.columns);
+      const int64_t first = (row + 8 * i) * from.columns + column;
+#pragma unroll
+      for (int j = 0; j < kLaneColumns; ++j) {
+        to[i][j] = 0.0f;
+        if (j >= valid) continue;
+        if constexpr (kDType == DType::kFloat32) {
+          to[i][j] = static_cast<const float*>(from.data)[first + j];
+        } else {
+          to[i][j] = to_float<kDType>(static_cast<const uint16_t*>(from.data)[first + j]);
+        }
+      }
+    }
+    return;
+  }
+  // all loads first: as many in flight as there are rows
+  constexpr int kVectors = kDType == DType::kFloat32 ? 2 : 1;
+  uint4 raw[kRows][kVectors];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const bool exists = valid_columns(row + 8 * i, rows, column, from.columns) > 0;
+    const char* p = static_cast<const char*>(from.data) +
+                    ((row + 8 * i) * from.columns + column) * size_of(kDType);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      raw[i][v] = exists ? reinterpret_cast<const uint4*>(p)[v] : uint4{0, 0, 0, 0};
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t words[4] = {raw[i][v].x, raw[i][v].y, raw[i][v].z, raw[i][v].w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (kDType == DType::kFloat32) {
+          to[i][4 * v + w] = bits_float(words[w]);
+        } else {
+          to[i][2 * w] = to_float<kDType>(static_cast<uint16_t>(words[w]));
+          to[i][2 * w + 1] = to_float<kDType>(static_cast<uint16_t>(words[w] >> 16));
+        }
+      }
+    }
+  }
+}
+
+template <int kRows>
+__device__ void load_rows(float (&to)[kRows][kLaneColumns], const Matrix<const void*>& from,
+                          DType dtype, int row, int rows, int64_t column) {
+  if (dtype == DType::kFloat32) {
+    load_rows_as<DType::kFloat32>(to, from, row, rows, column);
+  } else if (dtype == DType::kBFloat16) {
+    load_rows_as<DType::kBFloat16>(to, from, row, rows, column);
+  } else {
+    load_rows_as<DType::kFloat16>(to, from, row, rows, column);
+  }
+}
+
+// One rounding to kDType, the first `valid` of eight elements at `index`.
+template <DType kDType>
+__device__ void store_row(const Matrix<void*>& to, int64_t index, int valid,
+                          const float (&from)[kLaneColumns]) {
+  if (valid == 0) return;
+  if (!to.vectors) {
+#pragma unroll
+    for (int j = 0; j < kLaneColumns; ++j) {
+      if (j >= valid) continue;
+      if constexpr (kDType == DType::kFloat32) {
+        static_cast<float*>(to.data)[index + j] = from[j];
+      } else {
+        static_cast<uint16_t*>(to.data)[index + j] =
+            kDType == DType::kBFloat16 ? float_to_bf16(from[j]) : float_to_half(from[j]);
+      }
+    }
+    return;
+  }
+  uint4* p = reinterpret_cast<uint4*>(static_cast<char*>(to.data) + index * size_of(kDType));
+  if constexpr (kDType == DType::kFloat32) {
+    p[0] = {float_bits(from[0]), float_bits(from[1]), float_bits(from[2]), float_bits(from[3])};
+    p[1] = {float_bits(from[4]), float_bits(from[5]), float_bits(from[6]), float_bits(from[7])};
+  } else {
+    p[0] = {pack_pair<kDType>(from[0], from[1]), pack_pair<kDType>(from[2], from[3]),
+            pack_pair<kDType>(from[4], from[5]), pack_pair<kDType>(from[6], from[7])};
+  }
+}
+
+}  // namespace stamina::cuda

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `cuda`: CUDA C++ for NVIDIA GPUs of compute capability 8.0 and above (`csrc/cuda`).
+
+The functions are those of `reference.py`, which defines them. The library `_cuda.so` is loaded on
+first use through its C interface (`csrc/cuda/interface.h`), needs no driver to load, and launches
+on torch's current stream. sample, compose, masked_linear's W_eff with its bits and statistics, and
+fold_ are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are the vendor's; the
+contraction of the factors' gradients is backend `triton`'s, which the backward therefore needs.
+"""
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stamina_kernels import reference
+
+_log = logging.getLogger(__name__)
+_LIBRARY = Path(__file__).with_name("_cuda.so")
+_LEAST_CAPABILITY = (8, 0)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INVALID_ARGUMENT = 1
+
+
+class _Member(ctypes.Structure):
+    """stamina_member of interface.h."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("weight", "weight_init", "A", "B", "U", "V", "b")
+    ] + [
+        (name, ctypes.c_int64)
+        for name in ("out_features", "rank", "mask_rank", "dtype", "layer_id", "row0", "col0")
+    ]
+
+
+class _Adapter(ctypes.Structure):
+    """stamina_adapter of interface.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("A", "B", "bits")),
+        ("rank", ctypes.c_int64),
+        ("coefficient", ctypes.c_double),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """stamina_layer of interface.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "weight_init")] + [
+        (name, ctypes.c_int64) for name in ("out_features", "in_features", "dtype", "adapters")
+    ]
+
+
+def _load(path: Path) -> Any:
+    """The library with its functions declared; raises OSError where it cannot be loaded."""
+    library = ctypes.CDLL(str(path))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    group = (pointer, integer, integer)
+    signatures = {
+        "sample": (*group, pointer, pointer, integer, pointer, pointer),
+        "compose": (*group, pointer, pointer, integer, pointer, pointer),
+        "scratch_bytes": group,
+        "sample_compose": (
+            *group, pointer, pointer, pointer, integer, integer, integer, *[pointer] * 6, integer,
+            pointer,
+        ),
+        "fold_scratch_bytes": (integer, pointer, integer),
+        "fold": (pointer, integer, pointer, integer, pointer, pointer, integer, pointer),
+    }  # fmt: skip
+    for name, arguments in signatures.items():
+        function = getattr(library, f"stamina_{name}")
+        function.argtypes = arguments
+        function.restype = integer if name.endswith("_bytes") else ctypes.c_int
+    library.stamina_error.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def _library() -> Any:
+    return _load(_LIBRARY)
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """None, or why the CUDA backend cannot run here."""
+    if not _LIBRARY.exists():
+        return (
+            f"{_LIBRARY.name} was not built; it needs nvcc of CUDA 12 or newer, "
+            "as in `pip install --no-build-isolation .`"
+        )
+    try:
+        _library()
+    except OSError as error:
+        return f"{_LIBRARY.name} cannot be used: {error}"
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return "no NVIDIA GPU is visible"
+    capability = torch.cuda.get_device_capability()
+    if capability < _LEAST_CAPABILITY:
+        return f"the GPU has compute capability {capability}, it needs {_LEAST_CAPABILITY}"
+    return None
+
+
+def _check(status: int) -> None:
+    if status == 0:
+        return
+    message = _library().stamina_error().decode()
+    if status == _INVALID_ARGUMENT:
+        raise ValueError(f"cuda: {message}")
+    raise RuntimeError(f"cuda: launch failed: {message}")
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches go to the current device, which need not be the tensors'."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _stream(device: torch.device) -> int:
+    stream: int = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    return stream
+
+
+def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> int:
+    """The address of a contiguous tensor; raises for any other, which the kernels would misread."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be of dtype {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on device {device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+class _Group:
+    """The members of a group as the library takes them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        A: Sequence[Tensor] = (),
+        B: Sequence[Tensor] = (),
+        U: Sequence[Tensor] = (),
+        V: Sequence[Tensor] = (),
+        b: Sequence[Tensor] = (),
+        weight: Sequence[Tensor] = (),
+        weight_init: Sequence[Tensor] = (),
+        coordinates: Sequence[tuple[int, int, int]] = (),
+    ) -> None:
+        left, right = A or U, B or V
+        self.device = device
+        self.rows = sum(t.shape[0] for t in left)
+        self.columns = right[0].shape[1]
+        self.words = -(-self.columns // 32)
+        members = [_Member(out_features=t.shape[0]) for t in left]
+        for name, tensors in {"A": A, "B": B, "U": U, "V": V, "b": b}.items():
+            for member, tensor in zip(members, tensors, strict=bool(tensors)):
+                setattr(member, name, _pointer(name, tensor, torch.float32, device))
+        for name, tensors in {"weight": weight, "weight_init": weight_init}.items():
+            for k, tensor in enumerate(tensors):
+                setattr(members[k], name, _pointer(name, tensor, weight[k].dtype, device))
+        for k, member in enumerate(members):
+            member.rank = A[k].shape[1] if A else 0
+            member.mask_rank = U[k].shape[1] if U else 0
+            member.dtype = _DTYPES[weight[k].dtype] if weight else 0
+            if coordinates:
+                member.layer_id, member.row0, member.col0 = coordinates[k]
+        self._members = (_Member * len(members))(*members)
+        self.head = (self._members, len(members), self.columns)
+
+    def empty_bits(self) -> Tensor:
+        return torch.empty(self.rows, self.words, dtype=torch.int32, device=self.device)
+
+    def empty_effective(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.rows, self.columns, dtype=dtype, device=self.device)
+
+
+def sample(
+    U: Sequence[Tensor],
+    V: Sequence[Tensor],
+    b: Sequence[Tensor],
+    seed: Tensor,
+    step: Tensor,
+    layer_id: Sequence[int],
+    row0: Sequence[int],
+    col0: Sequence[int],
+    hard: bool,
+) -> Tensor:
+    """Mask bits of the group, int32 [sum O, ceil(I / 32)]."""
+    device = seed.device
+    coordinates = list(zip(layer_id, row0, col0, strict=True))
+    group = _Group(device, U=U, V=V, b=b, coordinates=coordinates)
+    bits = group.empty_bits()
+    with _on(device):
+        status = _library().stamina_sample(
+            *group.head,
+            _pointer("seed", seed, torch.int64, device),
+            _pointer("step", step, torch.int64, device),
+            hard, bits.data_ptr(), _stream(device),
+        )  # fmt: skip
+    _check(status)
+    return bits
+
+
+def compose(
+    weight: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    bits: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """W_eff = W + s M (.) (A B) of the group from its bits, [sum O, I] in `dtype`, one rounding."""
+    device = bits.device
+    group = _Group(device, A, B, weight=weight)
+    effective = group.empty_effective(dtype)
+    with _on(device):
+        status = _library().stamina_compose(
+            *group.head,
+            _pointer("scale", scale, torch.float32, device),
+            _pointer("bits", bits, torch.int32, device),
+            _DTYPES[dtype], effective.data_ptr(), _stream(device),
+        )  # fmt: skip
+    _check(status)
+    return effective
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    U: Sequence[Tensor],
+    V: Sequence[Tensor],
+    b: Sequence[Tensor],
+    weight_init: Sequence[Tensor],
+    scale: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    layer_id: Sequence[int],
+    row0: Sequence[int],
+    col0: Sequence[int],
+    hard: bool,
+    sparse_kind: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Y, forget, sparse, counts and bits of the group; tau matters in the backward only.
+
+    W_eff of up to 38 members comes from one launch. The product is the vendor's: one that made its
+    own tiles of W_eff would draw and multiply them once for every 128 tokens.
+    """
+    device, n = x.device, len(weight)
+    coordinates = list(zip(layer_id, row0, col0, strict=True))
+    group = _Group(device, A, B, U, V, b, weight, weight_init, coordinates)
+    effective, bits = group.empty_effective(x.dtype), group.empty_bits()
+    forget, sparse = torch.empty(n, device=device), torch.empty(n, device=device)
+    counts = torch.empty(n, 2, dtype=torch.int64, device=device)
+    library = _library()
+    scratch = torch.empty(
+        max(library.stamina_scratch_bytes(*group.head), 0), dtype=torch.uint8, device=device
+    )
+    with _on(device):
+        status = library.stamina_sample_compose(
+            *group.head,
+            _pointer("scale", scale, torch.float32, device),
+            _pointer("seed", seed, torch.int64, device),
+            _pointer("step", step, torch.int64, device),
+            hard, sparse_kind == "relu", _DTYPES[x.dtype], effective.data_ptr(), bits.data_ptr(),
+            forget.data_ptr(), sparse.data_ptr(), counts.data_ptr(), scratch.data_ptr(),
+            scratch.numel(), _stream(device),
+        )  # fmt: skip
+    _check(status)
+    row_bias = torch.cat([row.to(x.dtype) for row in bias]) if bias else None
+    return F.linear(x, effective, row_bias), forget, sparse, counts, bits
+
+
+@cache
+def _contraction() -> Any:
+    """Backend `triton`, or RuntimeError where it cannot run."""
+    from stamina_kernels import triton
+
+    reason = triton.unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(
+            f"backend 'cuda' takes masked_linear_backward from backend 'triton', which cannot run: "
+            f"{reason}; backend 'reference' needs neither"
+        )
+    _log.info("stamina::masked_linear_backward of backend 'cuda' runs the kernel of 'triton'")
+    return triton.masked_linear_backward
+
+
+def masked_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    U: Sequence[Tensor],
+    V: Sequence[Tensor],
+    b: Sequence[Tensor],
+    weight_init: Sequence[Tensor],
+    bits: Tensor,
+    scale: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    g_forget: Tensor,
+    g_sparse: Tensor,
+    layer_id: Sequence[int],
+    row0: Sequence[int],
+    col0: Sequence[int],
+    hard: bool,
+    sparse_kind: str,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor]:
+    """dX (empty unless need_dx) and the flat gradients of every member, these from `triton`.
+
+    dX = dY W_eff has the bits and the roundings of the forward. Raises RuntimeError where Triton
+    cannot run.
+    """
+    empty, gradients = _contraction()(
+        dy, x, weight, A, B, U, V, b, weight_init, bits, scale, tau, seed, step, g_forget, g_sparse,
+        layer_id, row0, col0, hard, sparse_kind, False,
+    )  # fmt: skip
+    return (dy @ compose(weight, A, B, bits, scale, x.dtype) if need_dx else empty), gradients
+
+
+def commit(
+    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A16, B16, exponent and the bits [L > 0] of a finished adapter."""
+    A16, B16, exponent = reference.commit_factors(A, B, U, V, b)
+    zero = torch.zeros((), dtype=torch.int64, device=A.device)
+    return A16, B16, exponent, sample([U], [V], [b], zero, zero, [0], [0], [0], True)
+
+
+def fold_(
+    weight: Sequence[Tensor],
+    weight_init: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    bits: Sequence[Tensor],
+    first: Sequence[int],
+) -> None:
+    """Fold in place, all layers in one launch; see `reference.fold_`."""
+    device = weight[0].device
+    chosen = [k for k, w in enumerate(weight) if w.numel() and first[k] < first[k + 1]]
+    for k, w in enumerate(weight):
+        if k not in chosen:
+            w.copy_(weight_init[k])
+    if not chosen:
+        return
+    layers = [
+        _Layer(
+            _pointer("weight", weight[k], weight[k].dtype, device),
+            _pointer("weight_init", weight_init[k], weight[k].dtype, device),
+            *weight[k].shape,
+            _DTYPES[weight[k].dtype],
+            first[k + 1] - first[k],
+        )
+        for k in chosen
+    ]
+    adapters = [
+        _Adapter(
+            _pointer("A", A[t], torch.float16, device),
+            _pointer("B", B[t], torch.float16, device),
+            _pointer("bits", bits[t], torch.int32, device),
+            A[t].shape[1],
+            scale[t],
+        )
+        for k in chosen
+        for t in range(first[k], first[k + 1])
+    ]
+    overflow = torch.zeros(len(layers), dtype=torch.int32, device=device)
+    _launch_fold(layers, adapters, overflow)
+    overflowed = overflow.nonzero().flatten().tolist()
+    if not overflowed:
+        return
+    for w, initial in zip(weight, weight_init, strict=True):
+        w.copy_(initial)
+    layer = chosen[overflowed[0]]
+    raise reference.fold_overflow(layer, weight[layer].dtype)
+
+
+def _launch_fold(layers: list[_Layer], adapters: list[_Adapter], overflow: Tensor) -> None:
+    library, device = _library(), overflow.device
+    layer_table = (_Layer * len(layers))(*layers)
+    adapter_table = (_Adapter * len(adapters))(*adapters)
+    scratch = torch.empty(
+        library.stamina_fold_scratch_bytes(len(layers), adapter_table, len(adapters)),
+        dtype=torch.uint8,
+        device=device,
+    )
+    with _on(device):
+        status = library.stamina_fold(
+            layer_table, len(layers), adapter_table, len(adapters),
+            overflow.data_ptr(), scratch.data_ptr(), scratch.numel(), _stream(device),
+        )  # fmt: skip
+    _check(status)

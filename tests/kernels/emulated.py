@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `cuda` on the CPU: its library compiled by the host compiler against the emulation.
+
+The kernels, the launches and the C interface are those of csrc/cuda; only the instructions of
+`primitives.cuh` are replaced (`cuda/emulation.h`).
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+
+from stamina_kernels import cuda, dispatch
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+# unknown: unroll and friends; aliasing: shared memory is read as vectors, which nvcc allows
+TOLERATED = ["-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+
+
+@cache
+def library() -> Any:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    target = Path(mkdtemp(prefix="stamina-emulated-")) / "_cuda.so"
+    subprocess.run(
+        [compiler, "-x", "c++", *FLAGS, *TOLERATED, "-fPIC", "-shared", "-fvisibility=hidden",
+         "-I", str(ROOT / "tests/kernels/cuda"), str(ROOT / "csrc/cuda/library.cu"),
+         "-o", str(target)],
+        check=True,
+    )  # fmt: skip
+    return cuda._load(target)
+
+
+@contextmanager
+def emulated(bulk_copies: bool) -> Iterator[None]:
+    """Backend `cuda` serves CPU tensors inside the block."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(cuda, "_library", library)
+    patch.setattr(cuda, "unavailable_reason", lambda: None)
+    patch.setitem(dispatch._DEVICES, "cuda", ("cuda", "cpu"))
+    dispatch._unavailable_reason.cache_clear()
+    library().stamina_emulate_bulk_copies(int(bulk_copies))
+    try:
+        yield
+    finally:
+        patch.undo()
+        dispatch._unavailable_reason.cache_clear()

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend `cuda` against the fp64 oracle and the reference's bits.
+
+The kernels run on a GPU where one is at hand, and everywhere on the CPU, compiled from the same
+source (`emulated.py`), with the copies of sm_80 and of sm_90.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import FACTORS, assert_as_accurate, make_problem, oracle, run
+from test_mask_agreement import assert_only_the_threshold_differs
+from test_reference import committed, dense_delta
+from test_triton import mixed_group, on_device
+
+from stamina_kernels import commit, compose, cuda, fold_, masked_linear, sample_mask, unpack_bits
+from stamina_kernels.reference import pack_bits
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SAMPLED = {"hard": False, "sparse_kind": "sigmoid"}
+HARD = {"hard": True, "sparse_kind": "relu"}
+
+
+def hold_forward(problem, device, mode=SAMPLED):
+    """Y, the scalars and the counts against fp64, with the bits that were drawn."""
+    moved = on_device(problem, device)
+    out = masked_linear(moved.x, moved.group, **moved.scalars(), **mode, backend="cuda")
+    y, forget, sparse, counts, bits = (t.cpu() for t in out)
+    exact = oracle(problem, bits=bits, **mode)
+    eager = oracle(problem, bits=bits, dtype=torch.float32, **mode)
+    results = zip(("y", "forget", "sparse"), (y, forget, sparse), eager, exact, strict=False)
+    for name, got, base, truth in results:
+        assert_as_accurate(name, got, base, truth)
+    columns, first = problem.x.shape[-1], 0
+    assert torch.equal(bits, pack_bits(unpack_bits(bits, columns))), "padding must be zero"
+    for k, p in enumerate(problem.group):
+        kept = unpack_bits(bits[first : first + p.weight.shape[0]], columns)
+        changed = p.weight != (p.weight if p.weight_init is None else p.weight_init)
+        assert counts[k].tolist() == [kept.sum(), (kept & changed).sum()]
+        first += p.weight.shape[0]
+    return bits
+
+
+@pytest.mark.parametrize("mode", [SAMPLED, HARD], ids=["sampled", "hard"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_on_odd_sizes(cuda_device, dtype, mode):
+    problem = make_problem([33, 7], 123, (2, 3), dtype=dtype, bias=True, rank=5, mask_rank=3)
+    hold_forward(problem, cuda_device, mode)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_on_aligned_sizes(cuda_device, dtype):
+    """16-byte copies, in bulk where there are any; more rows than a task has."""
+    hold_forward(make_problem([136], 160, (3,), dtype=dtype, rank=16, mask_rank=16), cuda_device)
+
+
+@pytest.mark.parametrize(("rank", "mask_rank"), [(1, 128), (16, 33), (128, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ranks(cuda_device, dtype, rank, mask_rank):
+    problem = make_problem([40], 40, (3,), dtype=dtype, rank=rank, mask_rank=mask_rank)
+    hold_forward(problem, cuda_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_group_of_mixed_shapes_ranks_and_dtypes(cuda_device, dtype):
+    hold_forward(mixed_group(dtype), cuda_device)
+
+
+def test_without_earlier_concepts_and_without_tokens(cuda_device):
+    hold_forward(make_problem([9], 40, (0,), initial=False), cuda_device)
+
+
+def test_more_members_than_a_launch_holds(cuda_device):
+    problem = make_problem([3] * 41, 20, (2,), rank=2, mask_rank=2)
+    hold_forward(problem, cuda_device)
+
+
+def draw(problem, backend, hard):
+    arguments = {"seed": problem.seed, "step": problem.step, "hard": hard, "backend": backend}
+    return sample_mask(problem.group, **arguments).cpu()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize(("col0", "mask_rank"), [(0, 16), (6, 20), (3, 1)])
+def test_bits_equal_the_reference_off_the_threshold(cuda_device, hard, col0, mask_rank):
+    problem = make_problem([70], 165, (1,), mask_rank=mask_rank)
+    # rows and columns beyond 31 bits
+    p = problem.group[0]._replace(row0=(1 << 32) - 70, col0=(1 << 33) + col0)
+    problem = replace(problem, group=[p], step=torch.tensor((1 << 32) + 5))
+    bits = draw(on_device(problem, cuda_device), "cuda", hard)
+    expected = draw(problem, "reference", hard)
+    assert_only_the_threshold_differs(p, problem.seed, problem.step, hard, bits, expected)
+
+
+def test_extreme_and_missing_logits(cuda_device):
+    problem = make_problem([4], 64, (2,), mask_rank=1)
+    for logit, density in ((-500.0, 0), (500.0, 4 * 64), (float("nan"), 0)):
+        p = problem.group[0]._replace(U=torch.zeros(4, 1), b=torch.tensor(logit))
+        bits = draw(on_device(replace(problem, group=[p]), cuda_device), "cuda", False)
+        assert int(unpack_bits(bits, 64).sum()) == density
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compose_is_one_rounding_and_the_forward_uses_it(cuda_device, dtype):
+    problem = mixed_group(dtype)
+    eye = torch.eye(70, dtype=dtype)
+    moved = on_device(replace(problem, x=eye), cuda_device)
+    out = masked_linear(moved.x, moved.group, **moved.scalars(), backend="cuda")
+    got = compose(moved.group, out.bits, scale=moved.scale, dtype=dtype, backend="cuda").cpu()
+    assert torch.equal(out.y.cpu().t(), got)
+    first, mask = 0, unpack_bits(out.bits.cpu(), 70)
+    for p in problem.group:
+        rows = slice(first, first + p.weight.shape[0])
+        delta = 0.5 * mask[rows] * (p.A.double() @ p.B.double())
+        eager = (p.weight.float() + 0.5 * mask[rows] * (p.A @ p.B)).to(dtype)
+        assert_as_accurate("W_eff", got[rows], eager, p.weight.double() + delta)
+        first = rows.stop
+
+
+def test_weights_at_odd_addresses_give_the_same_bits(cuda_device):
+    problem = on_device(make_problem([20], 48, (5,), dtype=torch.float16), cuda_device)
+    weight = problem.group[0].weight
+    shifted = weight.new_empty(weight.numel() + 1)[1:].view_as(weight).copy_(weight)
+    results = [
+        compose(
+            [problem.group[0]._replace(weight=w)],
+            torch.full((20, 2), 0x5A5A5A5A, dtype=torch.int32, device=cuda_device),
+            scale=problem.scale,
+            backend="cuda",
+        )
+        for w in (weight, shifted)
+    ]
+    assert torch.equal(*results)
+
+
+def test_two_runs_are_bit_equal(cuda_device):
+    problem = on_device(make_problem([40, 9], 160, (3,), dtype=torch.float16), cuda_device)
+    first, second = (
+        masked_linear(problem.x, problem.group, **problem.scalars(), backend="cuda")
+        for _ in range(2)
+    )
+    for got, again in zip(first, second, strict=True):
+        assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fold_rounds_once_and_unfolds_exactly(cuda_device, dtype):
+    shapes, ranks, concepts = [(136, 256), (40, 70), (9, 33)], [16, 3, 40], [6, 2, 0]
+    layers = [committed(*s, r, n) for s, r, n in zip(shapes, ranks, concepts, strict=True)]
+    initial = [make_problem([o], i, (1,), dtype=dtype).group[0].weight for o, i in shapes]
+    initial[2][0, 0] = -0.0
+    moved = [[a._replace(**move(a, cuda_device)) for a in layer] for layer in layers]
+    start = [w.to(cuda_device) for w in initial]
+    weights = [torch.full_like(w, float("nan")) for w in start]
+    fold_(weights, start, moved, backend="cuda")
+    for weight, before, adapters in zip(weights, initial, layers, strict=True):
+        exact = before.double() + sum(dense_delta(a, before.shape[1]) for a in adapters)
+        terms = sum(
+            abs(a.scale) * 2.0 ** sum(a.exponent) * a.A.double().abs() @ a.B.double().abs()
+            for a in adapters
+        )
+        # half a unit of W's dtype, and fp32's of rank + concepts terms before it
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        limit = torch.finfo(dtype).eps / 2 * exact.abs() * 1.001 + smallest
+        limit = limit + (40 + 6) * 2.0**-24 * terms
+        assert ((weight.cpu().double() - exact).abs() <= limit).all()
+    assert torch.equal(weights[2].view(torch.uint8), start[2].view(torch.uint8))
+    # unfolded in place, and never learned
+    rest = [torch.empty_like(w) for w in start]
+    left = [moved[0][1:], moved[1][:1], []]
+    fold_(rest, start, left, backend="cuda")
+    fold_(weights, start, left, backend="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(rest, weights, strict=True))
+
+
+def move(adapter, device):
+    return {name: getattr(adapter, name).to(device) for name in ("A", "B", "bits")}
+
+
+def test_fold_of_mixed_dtypes_and_fold_that_overflows(cuda_device):
+    adapter = committed(20, 50, 3, 1)[0]
+    adapter = adapter._replace(**move(adapter, cuda_device))
+    initial = [torch.randn(20, 50).to(d).to(cuda_device) for d in DTYPES]
+    weights = [torch.zeros_like(w) for w in initial]
+    fold_(weights, initial, [[adapter]] * 3, backend="cuda")
+    for weight, start in zip(weights, initial, strict=True):
+        alone = torch.zeros_like(start)
+        fold_([alone], [start], [[adapter]], backend="cuda")
+        assert torch.equal(weight, alone)
+    huge = adapter._replace(scale=1e9, bits=torch.full_like(adapter.bits, -1))
+    with pytest.raises(OverflowError, match="layer 2 overflows torch.float16"):
+        fold_(weights, initial, [[adapter], [], [huge]], backend="cuda")
+    for weight, start in zip(weights, initial, strict=True):
+        assert torch.equal(weight.view(torch.uint8), start.view(torch.uint8))
+
+
+def test_commit_equals_the_reference(cuda_device):
+    p = make_problem([40], 90, (1,)).group[0]
+    factors = [getattr(p, f) for f in FACTORS]
+    ours = commit(*(f.to(cuda_device) for f in factors), scale=1.0, backend="cuda")
+    expected = commit(*factors, scale=1.0, backend="reference")
+    assert ours.exponent == expected.exponent
+    assert torch.equal(ours.A.cpu(), expected.A) and torch.equal(ours.B.cpu(), expected.B)
+    zero = torch.tensor(0)
+    assert_only_the_threshold_differs(p, zero, zero, True, ours.bits.cpu(), expected.bits)
+
+
+def test_gradients_and_dx_with_the_bits_of_the_forward(cuda_device):
+    """The contraction is backend `triton`'s."""
+    pytest.importorskip("triton")
+    problem = make_problem([20], 40, (5,))
+    *_, gradients, bits = run(on_device(problem, cuda_device), "cuda")
+    exact = oracle(problem, bits=bits.cpu())[3]
+    eager = oracle(problem, bits=bits.cpu(), dtype=torch.float32)[3]
+    for name, got, base, truth in zip("xABUV", gradients, eager, exact, strict=False):
+        assert_as_accurate(f"d{name}", got.cpu(), base, truth)
+
+
+def test_without_triton_the_backward_says_so(cuda_device, monkeypatch):
+    monkeypatch.setattr("stamina_kernels.triton.unavailable_reason", lambda: "no Triton")
+    monkeypatch.setattr(cuda, "_contraction", cuda._contraction.__wrapped__)
+    problem = on_device(make_problem([4], 8, (2,)), cuda_device)
+    with pytest.raises(RuntimeError, match="masked_linear_backward from backend 'triton'.*no Trit"):
+        run(problem, "cuda")
+
+
+@pytest.mark.gpu
+def test_graph_capture():
+    problem = on_device(make_problem([40, 9], 160, (3,), dtype=torch.bfloat16), "cuda")
+
+    def forward():
+        return masked_linear(problem.x, problem.group, **problem.scalars(), backend="cuda")
+
+    with torch.no_grad():
+        forward()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = forward()
+        problem.step.add_(1)
+        graph.replay()
+        expected = forward()
+    for got, again in zip(captured, expected, strict=True):
+        assert torch.equal(got, again)

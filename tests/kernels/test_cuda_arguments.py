@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C interface of csrc/cuda: a wrong launch argument is an exception that names it, and nothing
+is launched; on the library itself where it was built, and on the emulated one everywhere."""
+
+import ctypes
+
+import emulated
+import pytest
+import torch
+
+from stamina_kernels import cuda
+
+ADDRESS = 1 << 20  # never read: these launches are refused
+NULL, ODD = 0, ADDRESS + 1
+BEYOND_INT32 = 1 << 31
+MEMBER = {
+    **dict.fromkeys(("weight", "weight_init", "A", "B", "U", "V", "b"), ADDRESS),
+    "out_features": 6, "rank": 4, "mask_rank": 3, "dtype": 2, "layer_id": 1, "row0": 0, "col0": 0,
+}  # fmt: skip
+GROUP = {"members": [MEMBER, MEMBER], "count": 2, "in_features": 40}
+DRAWN = {"seed": ADDRESS, "step": ADDRESS, "hard": 0}
+STREAM = {"stream": 0}
+ARGUMENTS = {
+    "sample": {**GROUP, **DRAWN, "bits": ADDRESS, **STREAM},
+    "compose": {
+        **GROUP, "scale": ADDRESS, "bits": ADDRESS, "dtype": 0, "effective": ADDRESS, **STREAM,
+    },
+    "sample_compose": {
+        **GROUP, "scale": ADDRESS, **DRAWN, "relu": 0, "dtype": 1, "effective": ADDRESS,
+        "bits": ADDRESS, "forget": ADDRESS, "sparse": ADDRESS, "counts": ADDRESS,
+        "scratch": ADDRESS, "scratch_bytes": 1 << 20, **STREAM,
+    },
+    "fold": {
+        "layers": [
+            {"weight": ADDRESS, "weight_init": ADDRESS, "out_features": 6, "in_features": 40,
+             "dtype": 1, "adapters": 2}
+        ],
+        "layer_count": 1,
+        "adapters": [{"A": ADDRESS, "B": ADDRESS, "bits": ADDRESS, "rank": 4, "coefficient": 1.0}]
+        * 2,
+        "adapter_count": 2, "overflow": ADDRESS, "scratch": ADDRESS, "scratch_bytes": 1 << 20,
+        **STREAM,
+    },
+}  # fmt: skip
+TABLES = {
+    "members": cuda._Member,
+    "layers": cuda._Layer,
+    "adapters": cuda._Adapter,
+}
+# what an operation does not read, or may be null
+UNREAD = {
+    "sample": ("weight", "weight_init", "A", "B", "rank", "dtype"),
+    "compose": ("U", "V", "b", "mask_rank", "layer_id", "row0", "col0"),
+}
+WRONG_NUMBERS = {
+    "count": (0, -1),
+    "in_features": (0, -40, BEYOND_INT32 - 1, 1 << 62),
+    "out_features": (0, -6, BEYOND_INT32),
+    "rank": (0, -4, BEYOND_INT32),
+    "mask_rank": (0, -3, BEYOND_INT32),
+    "dtype": (-1, 3, 1 << 40),
+    "layer_id": (-1, 1 << 32),
+    "row0": (-1, (1 << 32) - 5),
+    "col0": (-1, (1 << 34) - 39),
+    "scratch_bytes": (0, -1, 15),
+    "layer_count": (0, -1),
+    "adapter_count": (0, 1, 3),
+    "adapters": (0, -1, 3),
+}
+ANYTHING_GOES = ("hard", "relu", "coefficient", "stream")
+
+
+def wrong_values(operation, name):
+    if name in WRONG_NUMBERS:
+        return WRONG_NUMBERS[name]
+    return (ODD,) if name == "weight_init" and operation != "fold" else (NULL, ODD)
+
+
+def cases():
+    for operation, arguments in ARGUMENTS.items():
+        for name, value in arguments.items():
+            if name in ANYTHING_GOES:
+                continue
+            if not isinstance(value, list):
+                yield from ((operation, name, None, v) for v in wrong_values(operation, name))
+                continue
+            yield operation, name, None, []
+            for field in value[0]:
+                if field in ANYTHING_GOES or field in UNREAD.get(operation, ()):
+                    continue
+                for wrong in wrong_values(operation, field):
+                    yield operation, name, field, wrong
+
+
+def call(library, operation, arguments):
+    values = []
+    for name, value in arguments.items():
+        if isinstance(value, list):
+            table = [TABLES[name](**row) for row in value]
+            value = (TABLES[name] * len(table))(*table) if table else None
+        values.append(value)
+    return getattr(library, f"stamina_{operation}")(*values)
+
+
+@pytest.fixture(params=["built", "emulated"])
+def library(request, monkeypatch):
+    if request.param == "built" and not cuda._LIBRARY.exists():
+        pytest.skip("_cuda.so was not built; it needs nvcc")
+    chosen = cuda._library() if request.param == "built" else emulated.library()
+    monkeypatch.setattr(cuda, "_library", lambda: chosen)
+    return chosen
+
+
+def test_every_wrong_argument_is_an_exception_that_names_it(library):
+    checked = 0
+    for operation, name, field, wrong in cases():
+        arguments = dict(ARGUMENTS[operation])
+        if field is None:
+            arguments[name] = wrong
+        else:
+            arguments[name] = [*arguments[name][:-1], {**arguments[name][-1], field: wrong}]
+        with pytest.raises(ValueError) as error:
+            cuda._check(call(library, operation, arguments))
+            pytest.fail(f"{operation} accepted {name} {field} = {wrong}")
+        last = len(arguments[name]) - 1 if field else 0
+        named = name if field is None else f"{name}[{last}].{field}"
+        assert named in str(error.value), (operation, name, field, wrong)
+        checked += 1
+    assert checked > 90
+
+
+def test_more_tasks_than_a_grid_has_are_refused(library):
+    tall = {**MEMBER, "out_features": BEYOND_INT32 - 1}
+    arguments = {**ARGUMENTS["sample"], "members": [tall] * 2, "in_features": 1 << 20}
+    with pytest.raises(ValueError, match="number of tasks of the group must be at most 2147483647"):
+        cuda._check(call(library, "sample", arguments))
+
+
+def test_scratch_sizes_refuse_what_the_launch_would(library):
+    table = (cuda._Member * 1)(cuda._Member(**MEMBER))
+    assert library.stamina_scratch_bytes(table, 1, 40) > 0
+    assert library.stamina_scratch_bytes(table, 1, 0) == -1
+    assert library.stamina_scratch_bytes(None, 1, 40) == -1
+    assert b"members must not be null" in library.stamina_error()
+
+
+def test_without_a_driver_a_launch_is_an_exception():
+    if not cuda._LIBRARY.exists() or torch.cuda.is_available():
+        pytest.skip("needs the built library and no GPU")
+    with pytest.raises(RuntimeError, match="cuda: launch failed: "):
+        cuda._check(call(cuda._library(), "sample", ARGUMENTS["sample"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t.double(), TypeError, "U must be of dtype torch.float32, got torch.float64"),
+        (lambda t: t.to("meta"), ValueError, "U must be on device cpu, got meta"),
+        (lambda t: t.t().contiguous().t(), ValueError, r"U must be contiguous, got strides"),
+    ],
+)
+def test_tensors_that_the_kernels_would_misread_are_refused(change, error, message):
+    zero = torch.tensor(0)
+    U, V, b = torch.zeros(4, 3), torch.zeros(3, 40), torch.tensor(0.0)
+    with emulated.emulated(bulk_copies=False):
+        cuda.sample([U], [V], [b], zero, zero, [0], [0], [0], True)
+        with pytest.raises(error, match=message):
+            cuda.sample([change(U)], [V], [b], zero, zero, [0], [0], [0], True)
+
+
+def test_structures_match_the_header():
+    assert ctypes.sizeof(cuda._Member) == 14 * 8
+    assert ctypes.sizeof(cuda._Adapter) == 5 * 8
+    assert ctypes.sizeof(cuda._Layer) == 6 * 8
