@@ -73,13 +73,10 @@ def _case(device: torch.device, dtype: torch.dtype, shapes: dict[str, int]) -> _
     group = []
     for layer_id in range(2):
         weight = normal(rows, columns, to=dtype)
-        group.append(
-            MaskedProjection(
-                weight, *(normal(*s).requires_grad_() for s in ((rows, rank), (rank, columns)) * 2),
-                torch.zeros((), device=device, requires_grad=True), layer_id,
-                weight_init=weight * 0.99,
-            )
-        )  # fmt: skip
+        A, B, U, V = (normal(*s).requires_grad_() for s in ((rows, rank), (rank, columns)) * 2)
+        b = torch.zeros((), device=device, requires_grad=True)
+        initial = weight * 0.99
+        group.append(MaskedProjection(weight, A, B, U, V, b, layer_id, weight_init=initial))
     numbers = {"scale": 1.0, "tau": 1.0, "seed": 0, "step": 0}
     scalars = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
     return _Case(group, normal(shapes["tokens"], columns, to=dtype), scalars)
@@ -91,15 +88,19 @@ def _runs(kernel: str, device: torch.device, shapes: dict[str, int]) -> Run:
     if device.type == "cpu":  # the interpreter, in tests
         dtype = torch.float32
     case = _case(device, dtype, shapes)
-    draw = {name: case.scalars[name] for name in ("seed", "step")}
+    scalars: dict[str, Any] = case.scalars
 
     def forward() -> Any:
-        return masked_linear(case.x, case.group, **case.scalars, backend="triton")
+        return masked_linear(case.x, case.group, **scalars, backend="triton")
+
+    def draw() -> Tensor:
+        seed, step = scalars["seed"], scalars["step"]
+        return sample_mask(case.group, seed=seed, step=step, backend="triton")
 
     if kernel == "sample":
-        return lambda: [sample_mask(case.group, **draw, backend="triton")]
+        return lambda: [draw()]
     if kernel == "compose":
-        bits = sample_mask(case.group, **draw, backend="triton")
+        bits = draw()
         scale = case.scalars["scale"]
         return lambda: [forward().y, compose(case.group, bits, scale=scale, backend="triton")]
     if kernel.startswith("generate"):
@@ -183,9 +184,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the device's file")
     folder = parser.parse_args().output
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         parser.exit(1, "no GPU is visible: nothing to measure\n")
-    device = torch.device(torch.accelerator.current_accelerator(), 0)
+    device = torch.device(accelerator.type, 0)
 
     def seconds(run: Run) -> float:
         return triton.testing.do_bench(run, return_mode="median") / 1e3

@@ -56,7 +56,7 @@ def test_tables_hold_what_kernels_can_take():
     for kernel, options in config.default_table().items():
         assert options["BI"] % 32 == 0, kernel
         for candidate in tune.CANDIDATES[kernel]:
-            assert candidate.keys() == options.keys(), kernel
+            assert candidate.keys() <= options.keys(), kernel
             assert candidate["BI"] % 32 == 0 and candidate["BO"] >= 16
 
 
