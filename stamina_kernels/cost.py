@@ -98,8 +98,8 @@ class Launch(NamedTuple):
         """What it waits for the longest."""
         waits = {
             "memory": self.memory_s,
-            "instructions": self.issue_s,
-            "matrix units": self.matrix_s,
+            "issue": self.issue_s,
+            "matrix": self.matrix_s,
             "launch": self.launch_s,
         }
         return max(waits, key=lambda name: waits[name])
@@ -170,7 +170,7 @@ def estimate(device: Device, problem: Problem) -> dict[str, list[Launch]]:
     return {
         "compose": [
             _launch(
-                device, "draw the bits and write W_eff",
+                device, "draw, write W_eff",
                 weights * p.weight_bytes + initial + bits + (0 if in_cache else effective),
                 weights * (per_weight + product),
             ),
@@ -182,12 +182,12 @@ def estimate(device: Device, problem: Problem) -> dict[str, list[Launch]]:
         ],
         "generate": [
             _launch(
-                device, "draw the bits",
+                device, "draw",
                 bits + 2 * initial,
                 weights * (per_weight + (product if p.has_initial else 0)),
             ),
             _launch(
-                device, "GEMM that makes W_eff",
+                device, "GEMM, makes W_eff",
                 weights * p.weight_bytes + bits + activations,
                 token_tiles * weights * _GENERATE,
                 token_tiles * weights * (2.0 * _TOKEN_TILE + 3 * 2.0 * padded_rank),

@@ -151,7 +151,7 @@ def masked_linear(
     if cost.strategy(config.device_name(x.device), problem) == "compose":
         effective = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     bits = torch.empty(rows, _words(columns), dtype=torch.int32, device=x.device)
-    entry = options("compose", x.device)
+    entry = options("statistics" if effective is None else "compose", x.device)
     most = _tiles(group.rows, columns, entry, x.device).most
     sums = torch.zeros(2, n, most, device=x.device)
     counts = torch.zeros(n, 2, most, dtype=torch.int32, device=x.device)

@@ -43,11 +43,13 @@ def _grid(**values: Sequence[int]) -> list[dict[str, int]]:
     ]
 
 
+_GENERATING = ("statistics", "generate_fp32", "generate_half")
 _ELEMENTWISE = _grid(BO=(16, 32), BI=(64, 128), num_warps=(4, 8), programs=(2, 4, 8))
 _PRODUCT = _grid(BO=(32, 64, 128), BI=(32, 64), num_warps=(4, 8), num_stages=(2, 3, 4))
 CANDIDATES = {
     "sample": _ELEMENTWISE,
     "compose": _ELEMENTWISE,
+    "statistics": _ELEMENTWISE,
     "fold": _ELEMENTWISE,
     **{
         config.kernel_name(kernel, dtype): [c | {"BN": n} for c in _PRODUCT for n in tokens]
@@ -103,8 +105,8 @@ def _runs(kernel: str, device: torch.device, shapes: dict[str, int]) -> Run:
         bits = draw()
         scale = case.scalars["scale"]
         return lambda: [forward().y, compose(case.group, bits, scale=scale, backend="triton")]
-    if kernel.startswith("generate"):
-        return lambda: [forward().y]
+    if kernel in _GENERATING:
+        return lambda: list(forward()[:3])
     if kernel.startswith("backward"):
         leaves = [t for p in case.group for t in (p.A, p.B, p.U, p.V, p.b)]
         out = forward()
@@ -152,7 +154,7 @@ def fastest(
     shapes: dict[str, int] = _SHAPES,
 ) -> dict[str, int]:
     """The options of the fastest valid candidate; the present ones where none is faster."""
-    with cost.forced("generate" if kernel.startswith("generate") else "compose"):
+    with cost.forced("generate" if kernel in _GENERATING else "compose"):
         run = _runs(kernel, device, shapes)
         expected = [result.clone() for result in run()]
         best = config.table(config.device_name(device))[kernel]

@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
         yield Case("compose", compose_kernel, dtype, product, table["compose"])
         yield Case("sample_compose", sample_compose_kernel, dtype, drawn, table["compose"])
         yield Case(
-            "sample_statistics", sample_compose_kernel, dtype, drawn | bits, table["compose"]
+            "sample_statistics", sample_compose_kernel, dtype, drawn | bits, table["statistics"]
         )
         yield Case("generate", generate_kernel, dtype, generate, generate_options)
         yield Case("backward", backward_kernel, dtype, drawn | {"PASSES": 1}, backward_options)

@@ -81,23 +81,26 @@ def as_json(explained: dict[str, tuple[cost.Choice, ...]]) -> list[dict[str, Any
     ]
 
 
+def _explained(title: str, choice: cost.Choice) -> Table:
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0))
+    for heading in ("strategy", "launch", "MB", "memory", "issue", "matrix", "total", "waits for"):
+        table.add_column(heading, no_wrap=True)
+    for strategy, launches in choice.launches.items():
+        chosen = "[green]" if strategy == choice.strategy else ""
+        for launch in launches:
+            times = (launch.memory_s, launch.issue_s, launch.matrix_s, launch.seconds)
+            table.add_row(
+                chosen + strategy, launch.what, f"{launch.bytes / 1e6:.2f}",
+                *(f"{t * 1e6:.2f}" for t in times), launch.bound,
+            )  # fmt: skip
+    return table
+
+
 def show_explained(explained: dict[str, tuple[cost.Choice, ...]], console: Console) -> None:
     """Print it as a table for every device, with what each launch would wait for, and why."""
     for device, choices in explained.items():
-        table = Table(
-            "mask", "strategy", "launch", "MB", "memory us", "issue us", "matrix us", "total us",
-            "waits for", title=device,
-        )  # fmt: skip
         for mask, choice in zip(("sampled", "hard"), choices, strict=True):
-            for strategy, launches in choice.launches.items():
-                chosen = "[green]" if strategy == choice.strategy else ""
-                for launch in launches:
-                    times = (launch.memory_s, launch.issue_s, launch.matrix_s, launch.seconds)
-                    table.add_row(
-                        mask, chosen + strategy, launch.what, f"{launch.bytes / 1e6:.2f}",
-                        *(f"{t * 1e6:.2f}" for t in times), launch.bound,
-                    )  # fmt: skip
-        console.print(table)
+            console.print(_explained(f"{device}, {mask} mask, microseconds", choice))
         for mask, choice in zip(("sampled", "hard"), choices, strict=True):
             console.print(f"{mask}: [green]{choice.strategy}[/], {choice.reason}", soft_wrap=True)
     console.print(
