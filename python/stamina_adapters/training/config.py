@@ -51,7 +51,7 @@ class TrainingConfig(BaseModel):
     )
     forget_weight: float = Field(0.0, ge=0, description="lambda of the forgetting penalty")
     preserve_weight: float = Field(
-        1.0, ge=0, description="nu of the term that keeps earlier prompts' keys and values"
+        2.0, ge=0, description="nu of the term that keeps earlier prompts' keys and values"
     )
     precondition: float = Field(
         10.0, ge=0, description="eta: how much less B moves where earlier prompts are; 0: no less"
