@@ -12,18 +12,17 @@ with Triton. Runs in a process of its own, because an interpreted kernel cannot 
 """
 
 import argparse
-import csv
-import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from budget import Budget, Cost
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -36,17 +35,13 @@ from stamina_kernels.triton.generate import generate_kernel
 from stamina_kernels.triton.launch import ELEMENT
 from stamina_kernels.triton.mask import sample_kernel
 
-BUDGET = Path(__file__).parents[1] / "data" / "aot_budget.csv"
 ARCHS = ("80", "90", "100", "120", "gfx942")
 # Largest dynamic shared memory a block may ask for, bytes (CUDA C++ programming guide, table of
 # technical specifications; CDNA 3: 64 KiB of LDS).
-SHARED_LIMIT = {
-    "80": 163 << 10,
-    "90": 227 << 10,
-    "100": 227 << 10,
-    "120": 99 << 10,
-    "gfx942": 64 << 10,
-}
+BUDGET = Budget(
+    "aot_budget.csv",
+    {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10, "gfx942": 64 << 10},
+)
 RANK = 16
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)")
 SPILL = re.compile(r"\b(STL|LDL|scratch_(?:load|store)\w*)")
@@ -61,23 +56,6 @@ class Case(NamedTuple):
     dtype: torch.dtype
     constants: dict[str, Any]
     options: dict[str, Any]
-
-
-class Cost(NamedTuple):
-    """One row of the table, as measured with one version of Triton.
-
-    registers per thread; stack bytes; spills, shared bytes per block; matrix instructions.
-    """
-
-    kernel: str
-    dtype: str
-    arch: str
-    triton: str
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    matrix: int
 
 
 def cases() -> Iterator[Case]:
@@ -178,47 +156,6 @@ def measure(case: Case, arch: str) -> Cost:
     )  # fmt: skip
 
 
-def faults(cost: Cost, committed: Cost | None) -> list[str]:
-    """What is wrong with a row: limits that always hold, then what got worse than the table.
-
-    Another version of Triton allocates differently: only the limits are held against it.
-    """
-    found = [
-        f"{name} {getattr(cost, name)}, must be 0"
-        for name in ("stack", "spills")
-        if getattr(cost, name)
-    ]
-    if cost.shared > SHARED_LIMIT[cost.arch]:
-        found.append(f"shared {cost.shared}, the limit is {SHARED_LIMIT[cost.arch]}")
-    if committed is None:
-        return [*found, f"no row in {BUDGET.name}; run with --update and commit it"]
-    if committed.matrix and not cost.matrix:
-        found.append("no matrix instruction")
-    if cost.triton == committed.triton:
-        found += [
-            f"{name} {getattr(cost, name)}, was {getattr(committed, name)}"
-            for name in ("registers", "shared")
-            if getattr(cost, name) > getattr(committed, name)
-        ]
-    return found
-
-
-def read_budget() -> dict[tuple[str, str, str], Cost]:
-    with BUDGET.open(newline="") as file:
-        _header, *rows = csv.reader(file)
-    costs = [Cost(*row[:4], *map(int, row[4:])) for row in rows]
-    return {cost[:3]: cost for cost in costs}
-
-
-def write_budget(costs: Sequence[Cost]) -> None:
-    beside = BUDGET.with_suffix(".tmp")
-    with beside.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Cost._fields)
-        writer.writerows(costs)
-    os.replace(beside, BUDGET)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHS, action="append", help="default: every arch")
@@ -229,14 +166,8 @@ def main() -> int:
     work = [(case, arch) for case in cases() for arch in arguments.arch or ARCHS]
     costs = [measure(case, arch) for case, arch in tqdm(work, disable=None, unit="kernel")]
     if arguments.update:
-        write_budget(costs)
-    budget = read_budget()
-    failed = False
-    for cost in costs:
-        found = faults(cost, budget.get(cost[:3]))
-        failed |= bool(found)
-        print(*cost, *(f"<- {fault}" for fault in found))
-    return int(failed)
+        BUDGET.write(costs)
+    return BUDGET.compare(costs)
 
 
 if __name__ == "__main__":

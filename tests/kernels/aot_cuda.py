@@ -9,9 +9,7 @@ Registers, stack and shared memory come from `cuobjdump`, spills and matrix inst
 """
 
 import argparse
-import csv
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -19,31 +17,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from budget import Budget, Cost
 
 from stamina_kernels import cuda
 
-BUDGET = Path(__file__).parents[1] / "data" / "cuda_budget.csv"
 DTYPES = {None: "any", "0": "fp32", "1": "bf16", "2": "fp16"}
 # Static shared memory of a block, of which a multiprocessor has room for several.
-SHARED_LIMIT = 48 << 10
+BUDGET = Budget("cuda_budget.csv", {"80": 48 << 10, "90a": 48 << 10})
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 MATRIX = re.compile(r"\bHMMA\b")
 KERNEL = re.compile(r"\d([a-z_]+)_kernel(?:ILNS0_5DTypeE(\d))?")
-
-
-class Cost(NamedTuple):
-    """One row: registers per thread; stack bytes; spills; shared bytes per block; HMMA."""
-
-    kernel: str
-    dtype: str
-    arch: str
-    nvcc: str
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    matrix: int
 
 
 def find_tool(name: str) -> str | None:
@@ -84,47 +68,13 @@ def measure() -> list[Cost]:
         return sorted(cost for cubin in cubins for cost in costs_of(cubin))
 
 
-def faults(cost: Cost, committed: Cost | None) -> list[str]:
-    """Limits that always hold; what got worse, where the table is of the same compiler."""
-    found = [f"{n} {getattr(cost, n)}, must be 0" for n in ("stack", "spills") if getattr(cost, n)]
-    if cost.shared > SHARED_LIMIT:
-        found.append(f"shared {cost.shared}, the limit is {SHARED_LIMIT}")
-    if committed is None:
-        return [*found, f"no row in {BUDGET.name}; run with --update and commit it"]
-    if committed.matrix and not cost.matrix:
-        found.append("no matrix instruction")
-    if cost.nvcc == committed.nvcc:
-        found += [
-            f"{name} {getattr(cost, name)}, was {getattr(committed, name)}"
-            for name in ("registers", "shared")
-            if getattr(cost, name) > getattr(committed, name)
-        ]
-    return found
-
-
-def read_budget() -> dict[tuple[str, str, str], Cost]:
-    with BUDGET.open(newline="") as file:
-        _header, *rows = csv.reader(file)
-    costs = [Cost(*row[:4], *map(int, row[4:])) for row in rows]
-    return {cost[:3]: cost for cost in costs}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="rewrite the table")
-    costs = measure()
-    if parser.parse_args().update:
-        beside = BUDGET.with_suffix(".tmp")
-        with beside.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([Cost._fields, *costs])
-        os.replace(beside, BUDGET)
-    budget = read_budget()
-    failed = False
-    for cost in costs:
-        found = faults(cost, budget.get(cost[:3]))
-        failed |= bool(found)
-        print(*cost, *(f"<- {fault}" for fault in found))
-    return int(failed)
+    update, costs = parser.parse_args().update, measure()
+    if update:
+        BUDGET.write(costs)
+    return BUDGET.compare(costs)
 
 
 if __name__ == "__main__":

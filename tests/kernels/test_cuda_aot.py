@@ -20,21 +20,22 @@ def test_kernels_stay_within_budget():
     for tool in ("cuobjdump", "nvdisasm"):
         if aot_cuda.find_tool(tool) is None:
             pytest.skip(f"needs {tool}, of CUDA or of Triton")
-    costs, budget = aot_cuda.measure(), aot_cuda.read_budget()
+    costs, budget = aot_cuda.measure(), aot_cuda.BUDGET.read()
     assert {cost[:3] for cost in costs} == set(budget)
     assert {cost.arch for cost in costs} == {"80", "90a"}
-    wrong = {cost[:3]: aot_cuda.faults(cost, budget[cost[:3]]) for cost in costs}
+    wrong = {cost[:3]: aot_cuda.BUDGET.faults(cost, budget[cost[:3]]) for cost in costs}
     assert not {name: found for name, found in wrong.items() if found}
 
 
 def test_a_worse_row_is_a_fault():
+    faults = aot_cuda.BUDGET.faults
     good = aot_cuda.Cost("fold", "any", "80", "13.0.88", 128, 0, 0, 42116, 16)
-    assert aot_cuda.faults(good, good) == []
-    assert aot_cuda.faults(good._replace(nvcc="14.0.1", registers=130), good) == []
+    assert faults(good, good) == []
+    assert faults(good._replace(compiler="14.0.1", registers=130), good) == []
     for name, value in (("stack", 8), ("spills", 1), ("shared", 49153), ("matrix", 0)):
-        assert len(aot_cuda.faults(good._replace(nvcc="14.0.1", **{name: value}), good)) == 1
-    assert aot_cuda.faults(good._replace(registers=129), good) == ["registers 129, was 128"]
-    assert "no row in cuda_budget.csv" in aot_cuda.faults(good, None)[0]
+        assert len(faults(good._replace(compiler="14.0.1", **{name: value}), good)) == 1
+    assert faults(good._replace(registers=129), good) == ["registers 129, was 128"]
+    assert "no row in cuda_budget.csv" in faults(good, None)[0]
 
 
 def test_kernels_compile_without_warnings(tmp_path):
