@@ -8,7 +8,6 @@ fold_ are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are the 
 contraction of the factors' gradients is backend `triton`'s, which the backward therefore needs.
 """
 
-import ctypes
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,70 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stamina_kernels import reference
+from stamina_kernels.cuda_interface import Adapter, Layer, Member, check, load
 
 _log = logging.getLogger(__name__)
 _LIBRARY = Path(__file__).with_name("_cuda.so")
 _LEAST_CAPABILITY = (8, 0)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INVALID_ARGUMENT = 1
-
-
-class _Member(ctypes.Structure):
-    """stamina_member of interface.h."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("weight", "weight_init", "A", "B", "U", "V", "b")
-    ] + [
-        (name, ctypes.c_int64)
-        for name in ("out_features", "rank", "mask_rank", "dtype", "layer_id", "row0", "col0")
-    ]
-
-
-class _Adapter(ctypes.Structure):
-    """stamina_adapter of interface.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("A", "B", "bits")),
-        ("rank", ctypes.c_int64),
-        ("coefficient", ctypes.c_double),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    """stamina_layer of interface.h."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "weight_init")] + [
-        (name, ctypes.c_int64) for name in ("out_features", "in_features", "dtype", "adapters")
-    ]
-
-
-def _load(path: Path) -> Any:
-    """The library with its functions declared; raises OSError where it cannot be loaded."""
-    library = ctypes.CDLL(str(path))
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    group = (pointer, integer, integer)
-    signatures = {
-        "sample": (*group, pointer, pointer, integer, pointer, pointer),
-        "compose": (*group, pointer, pointer, integer, pointer, pointer),
-        "scratch_bytes": group,
-        "sample_compose": (
-            *group, pointer, pointer, pointer, integer, integer, integer, *[pointer] * 6, integer,
-            pointer,
-        ),
-        "fold_scratch_bytes": (integer, pointer, integer),
-        "fold": (pointer, integer, pointer, integer, pointer, pointer, integer, pointer),
-    }  # fmt: skip
-    for name, arguments in signatures.items():
-        function = getattr(library, f"stamina_{name}")
-        function.argtypes = arguments
-        function.restype = integer if name.endswith("_bytes") else ctypes.c_int
-    library.stamina_error.restype = ctypes.c_char_p
-    return library
 
 
 @cache
 def _library() -> Any:
-    return _load(_LIBRARY)
+    return load(_LIBRARY)
 
 
 @cache
@@ -105,15 +51,6 @@ def unavailable_reason() -> str | None:
     if capability < _LEAST_CAPABILITY:
         return f"the GPU has compute capability {capability}, it needs {_LEAST_CAPABILITY}"
     return None
-
-
-def _check(status: int) -> None:
-    if status == 0:
-        return
-    message = _library().stamina_error().decode()
-    if status == _INVALID_ARGUMENT:
-        raise ValueError(f"cuda: {message}")
-    raise RuntimeError(f"cuda: launch failed: {message}")
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -157,7 +94,7 @@ class _Group:
         self.rows = sum(t.shape[0] for t in left)
         self.columns = right[0].shape[1]
         self.words = -(-self.columns // 32)
-        members = [_Member(out_features=t.shape[0]) for t in left]
+        members = [Member(out_features=t.shape[0]) for t in left]
         for name, tensors in {"A": A, "B": B, "U": U, "V": V, "b": b}.items():
             for member, tensor in zip(members, tensors, strict=bool(tensors)):
                 setattr(member, name, _pointer(name, tensor, torch.float32, device))
@@ -170,7 +107,7 @@ class _Group:
             member.dtype = _DTYPES[weight[k].dtype] if weight else 0
             if coordinates:
                 member.layer_id, member.row0, member.col0 = coordinates[k]
-        self._members = (_Member * len(members))(*members)
+        self._members = (Member * len(members))(*members)
         self.head = (self._members, len(members), self.columns)
 
     def empty_bits(self) -> Tensor:
@@ -203,7 +140,7 @@ def sample(
             _pointer("step", step, torch.int64, device),
             hard, bits.data_ptr(), _stream(device),
         )  # fmt: skip
-    _check(status)
+    check(_library(), status)
     return bits
 
 
@@ -226,7 +163,7 @@ def compose(
             _pointer("bits", bits, torch.int32, device),
             _DTYPES[dtype], effective.data_ptr(), _stream(device),
         )  # fmt: skip
-    _check(status)
+    check(_library(), status)
     return effective
 
 
@@ -275,7 +212,7 @@ def masked_linear(
             forget.data_ptr(), sparse.data_ptr(), counts.data_ptr(), scratch.data_ptr(),
             scratch.numel(), _stream(device),
         )  # fmt: skip
-    _check(status)
+    check(_library(), status)
     row_bias = torch.cat([row.to(x.dtype) for row in bias]) if bias else None
     return F.linear(x, effective, row_bias), forget, sparse, counts, bits
 
@@ -358,7 +295,7 @@ def fold_(
     if not chosen:
         return
     layers = [
-        _Layer(
+        Layer(
             _pointer("weight", weight[k], weight[k].dtype, device),
             _pointer("weight_init", weight_init[k], weight[k].dtype, device),
             *weight[k].shape,
@@ -368,7 +305,7 @@ def fold_(
         for k in chosen
     ]
     adapters = [
-        _Adapter(
+        Adapter(
             _pointer("A", A[t], torch.float16, device),
             _pointer("B", B[t], torch.float16, device),
             _pointer("bits", bits[t], torch.int32, device),
@@ -389,10 +326,10 @@ def fold_(
     raise reference.fold_overflow(layer, weight[layer].dtype)
 
 
-def _launch_fold(layers: list[_Layer], adapters: list[_Adapter], overflow: Tensor) -> None:
+def _launch_fold(layers: list[Layer], adapters: list[Adapter], overflow: Tensor) -> None:
     library, device = _library(), overflow.device
-    layer_table = (_Layer * len(layers))(*layers)
-    adapter_table = (_Adapter * len(adapters))(*adapters)
+    layer_table = (Layer * len(layers))(*layers)
+    adapter_table = (Adapter * len(adapters))(*adapters)
     scratch = torch.empty(
         library.stamina_fold_scratch_bytes(len(layers), adapter_table, len(adapters)),
         dtype=torch.uint8,
@@ -403,4 +340,4 @@ def _launch_fold(layers: list[_Layer], adapters: list[_Adapter], overflow: Tenso
             layer_table, len(layers), adapter_table, len(adapters),
             overflow.data_ptr(), scratch.data_ptr(), scratch.numel(), _stream(device),
         )  # fmt: skip
-    _check(status)
+    check(_library(), status)

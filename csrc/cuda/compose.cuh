@@ -10,6 +10,7 @@
 // reads operands from shared memory to feed them faster, would only add waiting.
 #pragma once
 
+#include "statistics.cuh"
 #include "tile.cuh"
 
 namespace stamina::cuda {
@@ -34,12 +35,6 @@ struct Member {
 // What one launch serves, passed by value: no table to copy, and a CUDA graph keeps its own. 4 KiB
 // of parameters hold the 32 cross-attention K and V of a Stable Diffusion 1.5.
 constexpr int kMaxMembers = 38;
-
-// Statistics of a task, or of a part of it.
-struct Sums {
-  float forget, sparse;
-  int32_t kept, overlap;
-};
 
 struct Group {
   int64_t in_features;
@@ -226,8 +221,6 @@ __device__ inline LaneMask load_mask(const Group& group, const Member& member, i
   return mask;
 }
 
-using WarpSums = Sums[kComposeThreads / 32];
-
 // Rows of a tile that are loaded together: more do not fit the registers.
 constexpr int kLoadRows = 2;
 
@@ -284,29 +277,6 @@ __device__ void apply(const Group& group, const Member& member, LaneMask mask,
   }
 }
 
-// Adds the sums of a block in a fixed order.
-__device__ inline void store_sums(Sums sums, Sums* out) {
-  STAMINA_SHARED(WarpSums, shared);
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    sums.forget += shuffle_xor(sums.forget, distance);
-    sums.sparse += shuffle_xor(sums.sparse, distance);
-    sums.kept += shuffle_xor(sums.kept, distance);
-    sums.overlap += shuffle_xor(sums.overlap, distance);
-  }
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sums;
-  block_barrier();
-  if (threadIdx.x != 0) return;
-  Sums total{0.0f, 0.0f, 0, 0};
-  for (const Sums& warp : shared) {
-    total.forget += warp.forget;
-    total.sparse += warp.sparse;
-    total.kept += warp.kept;
-    total.overlap += warp.overlap;
-  }
-  *out = total;
-}
-
 template <DType kOut>
 __device__ void add_product(float (&sum)[kLaneRows][kLaneColumns], const float* left,
                             const float* right, const Lane& lane) {
@@ -360,7 +330,7 @@ __device__ void serve_task(const Group& group) {
       apply<kOut, kDraws>(group, member, mask, sum, row, column, sums);
     }
   }
-  if constexpr (kDraws && kComposes) store_sums(sums, group.partials + blockIdx.x);
+  if constexpr (kDraws && kComposes) store_sums<kComposeThreads>(sums, group.partials + blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)

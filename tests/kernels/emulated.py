@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from stamina_kernels import cuda, dispatch
+from stamina_kernels import cuda, cuda_interface, dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
@@ -37,7 +37,7 @@ def library() -> Any:
          "-o", str(target)],
         check=True,
     )  # fmt: skip
-    return cuda._load(target)
+    return cuda_interface.load(target)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import emulated
 import pytest
 import torch
 
-from stamina_kernels import cuda
+from stamina_kernels import cuda, cuda_interface
 
 ADDRESS = 1 << 20  # never read: these launches are refused
 NULL, ODD = 0, ADDRESS + 1
@@ -43,9 +43,9 @@ ARGUMENTS = {
     },
 }  # fmt: skip
 TABLES = {
-    "members": cuda._Member,
-    "layers": cuda._Layer,
-    "adapters": cuda._Adapter,
+    "members": cuda_interface.Member,
+    "layers": cuda_interface.Layer,
+    "adapters": cuda_interface.Adapter,
 }
 # what an operation does not read, or may be null
 UNREAD = {
@@ -120,7 +120,7 @@ def test_every_wrong_argument_is_an_exception_that_names_it(library):
         else:
             arguments[name] = [*arguments[name][:-1], {**arguments[name][-1], field: wrong}]
         with pytest.raises(ValueError) as error:
-            cuda._check(call(library, operation, arguments))
+            cuda_interface.check(library, call(library, operation, arguments))
             pytest.fail(f"{operation} accepted {name} {field} = {wrong}")
         last = len(arguments[name]) - 1 if field else 0
         named = name if field is None else f"{name}[{last}].{field}"
@@ -133,11 +133,11 @@ def test_more_tasks_than_a_grid_has_are_refused(library):
     tall = {**MEMBER, "out_features": BEYOND_INT32 - 1}
     arguments = {**ARGUMENTS["sample"], "members": [tall] * 2, "in_features": 1 << 20}
     with pytest.raises(ValueError, match="number of tasks of the group must be at most 2147483647"):
-        cuda._check(call(library, "sample", arguments))
+        cuda_interface.check(library, call(library, "sample", arguments))
 
 
 def test_scratch_sizes_refuse_what_the_launch_would(library):
-    table = (cuda._Member * 1)(cuda._Member(**MEMBER))
+    table = (cuda_interface.Member * 1)(cuda_interface.Member(**MEMBER))
     assert library.stamina_scratch_bytes(table, 1, 40) > 0
     assert library.stamina_scratch_bytes(table, 1, 0) == -1
     assert library.stamina_scratch_bytes(None, 1, 40) == -1
@@ -148,7 +148,7 @@ def test_without_a_driver_a_launch_is_an_exception():
     if not cuda._LIBRARY.exists() or torch.cuda.is_available():
         pytest.skip("needs the built library and no GPU")
     with pytest.raises(RuntimeError, match="cuda: launch failed: "):
-        cuda._check(call(cuda._library(), "sample", ARGUMENTS["sample"]))
+        cuda_interface.check(cuda._library(), call(cuda._library(), "sample", ARGUMENTS["sample"]))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,6 @@ def test_tensors_that_the_kernels_would_misread_are_refused(change, error, messa
 
 
 def test_structures_match_the_header():
-    assert ctypes.sizeof(cuda._Member) == 14 * 8
-    assert ctypes.sizeof(cuda._Adapter) == 5 * 8
-    assert ctypes.sizeof(cuda._Layer) == 6 * 8
+    assert ctypes.sizeof(cuda_interface.Member) == 14 * 8
+    assert ctypes.sizeof(cuda_interface.Adapter) == 5 * 8
+    assert ctypes.sizeof(cuda_interface.Layer) == 6 * 8
