@@ -28,6 +28,11 @@ class Call:
     prepare: Callable[[], None] = lambda: None
 
 
+def alone(function: Callable[[], Any]) -> Callable[[Any], Any]:
+    """A part that takes nothing from the part before."""
+    return lambda _: function()
+
+
 _FLUSH_BYTES = 2**28  # on top of the cache's size: a few large writes last longer than many small
 _LONGEST_LEAD_MS = 50.0  # the device holds no more launches in waiting than the host makes in that
 

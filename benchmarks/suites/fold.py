@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from benchmarks.cases import DTYPES, FOLD, FOLD_QUICK, FoldCase, as_dtype
-from benchmarks.clock import Call
+from benchmarks.clock import Call, alone
 from benchmarks.folders import FOLDERS, Folder
 from benchmarks.measure import (
     Key,
@@ -62,8 +62,7 @@ def _run(case: FoldCase, settings: Settings) -> Outcome:
         lower = [tensor.to(DTYPES[dtype]) for tensor in initial]
         folders[as_dtype(case, dtype).name, "ours"] = FOLDERS["ours"].build(lower, adapters)
     calls = {
-        key: Call({"fold": lambda _, fold=folder.fold: fold()}, folder.reset)  # type: ignore[misc]
-        for key, folder in folders.items()
+        key: Call({"fold": alone(folder.fold)}, folder.reset) for key, folder in folders.items()
     }
     errors: dict[str, str] = {}
     rounds = QUICK_ROUNDS if settings.quick else ROUNDS

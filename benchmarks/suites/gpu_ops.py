@@ -18,7 +18,7 @@ from benchmarks.cases import (
     LinearCase,
     as_dtype,
 )
-from benchmarks.clock import Call
+from benchmarks.clock import Call, alone
 from benchmarks.folders import FOLDERS
 from benchmarks.measure import Key, error_limit, timed
 from benchmarks.operations import OPERATIONS, Operation, copy_of, fold
@@ -52,11 +52,7 @@ def _measure(
 ) -> Outcome:
     accuracy = attempt(operations.items(), lambda _, operation: operation.error(), errors)
     calls = {
-        key: Call(
-            {pass_: lambda _, run=operations[key].run: run()},  # type: ignore[misc]
-            operations[key].prepare,
-        )
-        for key in accuracy
+        key: Call({pass_: alone(operations[key].run)}, operations[key].prepare) for key in accuracy
     }
     timings = time_all(calls, gpu.rounds(settings, rounds), settings.device, errors, events=True)
     rows = [

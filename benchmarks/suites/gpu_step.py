@@ -10,7 +10,7 @@ from functools import partial
 
 from benchmarks import peak
 from benchmarks.cases import DTYPES, GPU_SMALL_MODEL, SDXL, SDXL_AT_ONCE, MemoryCase, model_wide
-from benchmarks.clock import Call
+from benchmarks.clock import Call, alone
 from benchmarks.compiled import forget_compiled
 from benchmarks.measure import Key, error_limit, timed
 from benchmarks.record import Row
@@ -44,8 +44,8 @@ def _groups(
         problems = peak.problems(case, device)
         present = [name for name in providers if RIVALS[name].missing(device) is None]
         groups |= attempt(
-            (((case.name, name), name) for name in present),
-            lambda _, name: peak.contestants(problems, name),  # noqa: B023
+            (((case.name, name), (problems, name)) for name in present),
+            lambda _, way: peak.contestants(*way),
             errors,
         )
     return groups
@@ -65,7 +65,7 @@ def _run(entries: Entries, settings: Settings) -> Outcome:
     calls = {
         key: Call(
             {
-                "forward": lambda _, group=groups[key]: peak.forward(group),  # type: ignore[misc]
+                "forward": alone(partial(peak.forward, groups[key])),
                 "backward": partial(peak.backward, groups[key]),
             }
         )

@@ -11,7 +11,7 @@ import torch
 from stamina_adapters.evaluation.cost import saved_mib
 
 from benchmarks.cases import LinearCase, Work
-from benchmarks.clock import Call, DeviceClock, profiled, wall, wall_and_device
+from benchmarks.clock import Call, DeviceClock, alone, profiled, wall, wall_and_device
 from benchmarks.compiled import forget_compiled
 from benchmarks.measure import (
     Key,
@@ -121,7 +121,7 @@ def build(
 
 
 def training_step(contestant: Contestant) -> Call:
-    return Call({"forward": lambda _: contestant.run(), "backward": contestant.backward})
+    return Call({"forward": alone(contestant.run), "backward": contestant.backward})
 
 
 def time_all(

@@ -31,7 +31,9 @@ class Tiles(NamedTuple):
     table: Tensor  # int32 [tiles, 2]: row of the launch's table, number within that row's tiles
     most: int  # tiles of the largest matrix
 
-    def __len__(self) -> int:  # type: ignore[override]
+    @property
+    def number(self) -> int:
+        """Tiles of all matrices."""
         return len(self.table)
 
 

@@ -64,14 +64,14 @@ def sample(
     with on(seed.device):
         for launch in group.launches:
             tiles = _tiles(launch.rows, group.columns, entry, seed.device)
-            sample_kernel[programs(len(tiles), entry, seed.device)](
+            sample_kernel[programs(tiles.number, entry, seed.device)](
                 tiles.table,
                 launch.members,
                 group.factors,
                 seed,
                 step,
                 bits,
-                len(tiles),
+                tiles.number,
                 group.columns,
                 **mask_options(hard, col0),
                 **launch_options(entry),
@@ -95,14 +95,14 @@ def compose(
     with on(bits.device):
         for launch in group.launches:
             tiles = _tiles(launch.rows, group.columns, entry, bits.device)
-            compose_kernel[programs(len(tiles), entry, bits.device)](
+            compose_kernel[programs(tiles.number, entry, bits.device)](
                 tiles.table,
                 launch.members,
                 group.factors,
                 scale,
                 bits,
                 effective,
-                len(tiles),
+                tiles.number,
                 group.columns,
                 BR=rank_step(max(group.ranks)),
                 **weight_options(launch, dtype),
@@ -159,7 +159,7 @@ def masked_linear(
     with on(x.device):
         for launch in group.launches:
             tiles = _tiles(launch.rows, columns, entry, x.device)
-            sample_compose_kernel[programs(len(tiles), entry, x.device)](
+            sample_compose_kernel[programs(tiles.number, entry, x.device)](
                 tiles.table,
                 launch.members,
                 group.factors,
@@ -171,7 +171,7 @@ def masked_linear(
                 sums[0],
                 sums[1],
                 counts,
-                len(tiles),
+                tiles.number,
                 most,
                 columns,
                 RELU=sparse_kind == "relu",
@@ -201,7 +201,7 @@ def _generated_linear(
     for launch in group.launches:
         shapes = [(o, tokens) for o in launch.rows]
         tiles = tile_list(shapes, entry["BO"], entry["BN"], x.device)
-        generate_kernel[(len(tiles),)](
+        generate_kernel[(tiles.number,)](
             tiles.table,
             launch.members,
             group.factors,
@@ -261,7 +261,7 @@ def masked_linear_backward(
     with on(x.device):
         for launch in group.launches:
             tiles = _tiles(launch.rows, group.columns, entry, x.device)
-            backward_kernel[(len(tiles) * passes,)](
+            backward_kernel[(tiles.number * passes,)](
                 tiles.table,
                 launch.members,
                 group.factors,
@@ -345,14 +345,14 @@ def fold_(
             )
             shapes = [(weight[k].shape[0], weight[k].shape[1]) for k in layers]
             tiles = tile_list(shapes, entry["BO"], entry["BI"], device)
-            overflow = torch.empty(len(tiles), dtype=torch.int32, device=device)
-            fold_kernel[programs(len(tiles), entry, device)](
+            overflow = torch.empty(tiles.number, dtype=torch.int32, device=device)
+            fold_kernel[programs(tiles.number, entry, device)](
                 tiles.table,
                 device_table(table, device),
                 adapter_table,
                 scales,
                 overflow,
-                len(tiles),
+                tiles.number,
                 DTYPE=ELEMENT[dtype],
                 ALIGNMENT=alignment([w[k] for w in (weight, weight_init) for k in layers]),
                 BR=rank_step(max((a.shape[1] for a in A), default=1)),

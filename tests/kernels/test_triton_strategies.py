@@ -119,7 +119,7 @@ def test_the_list_holds_every_tile_once():
     tiles = launch.tile_list(shapes, 16, 64, torch.device("cpu"))
     expected = [(k, n) for k, count in enumerate((3 * 2, 1, 1 * 3)) for n in range(count)]
     assert [tuple(row) for row in tiles.table.tolist()] == expected
-    assert (len(tiles), tiles.most) == (10, 6)
+    assert (tiles.number, tiles.most) == (10, 6)
 
 
 def test_the_number_of_programs_changes_nothing(monkeypatch):

@@ -89,12 +89,12 @@ def growth_table(benchmark: Benchmark) -> Table | None:
     rows = []
     for name in benchmark.finished():
         whole = [run for run in benchmark.methods[name] if run.learned == benchmark.concepts]
-        cells = [
-            text(whole, lambda run, v=value, p=part: _mean(v, run.concepts[p]), digits)  # type: ignore[misc]
-            for value, digits in values
-            for part in (slice(None, _TEN), slice(-_TEN, None))
-        ]
-        rows.append([name, *cells])
+        cells = [name]
+        for value, digits in values:
+            for part in (slice(None, _TEN), slice(-_TEN, None)):
+                means = [_mean(value, run.concepts[part]) for run in whole]
+                cells.append(text(means, lambda mean: mean, digits))
+        rows.append(cells)
     titles = ("accuracy after learning", "s / concept", "peak MiB")
     return Table(
         ["method", *(f"{title}, {part} ten" for title in titles for part in ("first", "last"))],
