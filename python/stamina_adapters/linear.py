@@ -191,7 +191,13 @@ class StaminaLinear(nn.Linear):
         return y - super().forward(x)
 
     def set_preconditioner(self, C: Tensor) -> None:
-        """Train B' of B = B' C from here on, C [I, I] in fp32, which is not copied."""
+        """Train B' of B = B' C from here on, C [I, I] in fp32, which is not copied.
+
+        Raises ValueError for another shape or dtype.
+        """
+        wanted = (self.in_features, self.in_features)
+        if C.shape != wanted or C.dtype != torch.float32:
+            raise ValueError(f"C must be {wanted} in float32, got {tuple(C.shape)} in {C.dtype}")
         self.preconditioner = C
 
     @property

@@ -210,3 +210,11 @@ def test_the_operator_and_the_committed_factors_take_the_preconditioned_factor(p
         assert (committed - B.double()).abs().max() <= 2.0**-11 * B.abs().max()
         layer.detach()
         assert not hasattr(layer, "preconditioner")
+
+
+@pytest.mark.parametrize("C", [torch.eye(3), torch.eye(40, dtype=torch.float64)])
+def test_a_preconditioner_that_does_not_fit_is_refused(pipe, C):
+    layer = next(iter(_adapted(pipe).values()))
+    with pytest.raises(ValueError, match=r"C must be \(40, 40\) in float32, got"):
+        layer.set_preconditioner(C)
+    assert layer.preconditioner is None
