@@ -88,13 +88,13 @@ build() {
   "$python" -c 'import stamina_kernels; print(stamina_kernels.info())'
 }
 
-# The kernels' tests that know a GPU, and whatever is marked so elsewhere.
+# What is marked so, and Triton's kernels whole: where there is a GPU they run on it.
 tests() {
-  local workers=()
-  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-  # shellcheck disable=SC2046,SC2086 # lists of words
-  "$python" -m pytest -q -m "not aot" $collect "${workers[@]}" \
-    $(grep -lE 'cuda|mark\.gpu' tests/kernels/test_*.py)
+  local workers=() files=(tests/kernels/test_*.py)
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
+  "$python" -c 'import diffusers' 2>/dev/null && files+=(tests/adapters/test_unet_on_gpu.py)
+  # shellcheck disable=SC2086 # no word where there is nothing
+  "$python" -m pytest -q -m "not aot" -k "gpu or test_triton" $collect "${workers[@]}" "${files[@]}"
 }
 
 suite() {
@@ -120,7 +120,7 @@ export -f build tests suite pictures
 export python site wheels output device dry quick collect
 
 stage build 110 build
-stage tests 110 tests
+stage tests 140 tests
 stage gpu-ops 75 suite gpu-ops
 stage gpu-step 75 suite gpu-step
 stage gpu-kv 80 suite gpu-kv
