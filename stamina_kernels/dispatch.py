@@ -2,8 +2,9 @@
 """Which backend runs: the one place that decides.
 
 Precedence: the `backend` argument, `use_backend`, the environment variable STAMINA_BACKEND, then
-the default of the device (`cpu` on CPUs, `triton` on GPUs, `reference` where that is not
-available). A name that is unknown, or that cannot serve the device, raises and says what can.
+the default of the device: the first of `cpu` on CPUs, of `cuda` and `triton` on NVIDIA GPUs, of
+`triton` on others that is available, or `reference`. A name that is unknown, or that cannot serve
+the device, raises and says what can.
 """
 
 import importlib
@@ -23,7 +24,7 @@ _MODULES = {
     "cuda": "stamina_kernels.cuda",
 }
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
-_DEFAULTS = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}
+_DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 _override: str | None = None
 
 
@@ -52,12 +53,17 @@ def _serves(name: str, device_type: str) -> bool:
 
 @cache
 def _default(device_type: str) -> str:
-    name = _DEFAULTS.get(device_type, "reference")
-    reason = _unavailable_reason(name)
-    if reason is None:
-        return name
-    _log.warning("backend %r is not available, using 'reference': %s", name, reason)
-    return "reference"
+    reasons = {}
+    for name in _DEFAULTS.get(device_type, ()):
+        reason = _unavailable_reason(name)
+        if reason is None:
+            break
+        reasons[name] = reason
+    else:
+        name = "reference"
+    for missing, reason in reasons.items():
+        _log.warning("backend %r is not available, using %r: %s", missing, name, reason)
+    return name
 
 
 def resolve(backend: str | None, device_type: str) -> str:

@@ -79,13 +79,24 @@ def soft_slope_tile(
     p_seed, p_step, p_member, p_tau, b_logit, row, col, o_row,
     HARD: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """z (1 - z) / tau with z = sigmoid((L - logit u) / tau); hard: u = 1/2."""
-    b_shifted = b_logit
-    if not HARD:
+    """z (1 - z) / tau with z = sigmoid((L - logit u) / tau); hard: u = 1/2.
+
+    At tau = 1, z = (1 - u) / ((1 - u) + u e^-L): no logarithm.
+    """
+    inverse = 1.0 / tl.load(p_tau)
+    if HARD:
+        return sigmoid_slope(b_logit * inverse) * inverse
+    else:
         b_u = tile.uniform_tile(p_seed, p_step, p_member, row, col, o_row, b_logit.shape[1], QUADS)
-        b_shifted = b_logit - tl.log(b_u / (1.0 - b_u))
-    tau = tl.load(p_tau)
-    return sigmoid_slope(b_shifted / tau) / tau
+        if inverse == 1.0:
+            # beyond e^41 the slope is zero in fp32, and the square below would overflow
+            b_odds = b_u * tl.exp(tl.minimum(-b_logit, 41.0))
+            b_below = 1.0 - b_u
+            b_whole = b_below + b_odds
+            b_slope = b_below * b_odds / (b_whole * b_whole)
+        else:
+            b_slope = sigmoid_slope((b_logit - tl.log(b_u / (1.0 - b_u))) * inverse) * inverse
+        return b_slope
 
 
 @triton.jit
@@ -130,7 +141,9 @@ def backward_kernel(
     member = tl.load(p_member + tile.MEMBER)
     scale = tl.load(p_scale)
 
-    b_logit = member_logits(p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col)
+    b_logit = member_logits(
+        p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col, BR
+    )
     b_slope = soft_slope_tile(
         p_seed, p_step, p_member, p_tau, b_logit, row, col, o_row, HARD, QUADS
     )

@@ -15,7 +15,7 @@ def member_product(
 ):  # fmt: skip
     """P of the tile of a member that begins at (row, col)."""
     rank = tile.field(p_member, tile.RANK)
-    return tile.product_tile(
+    return tile.low_rank_tile(
         p_factors + tl.load(p_member + tile.OFFSET_A) + row * rank,
         p_factors + tl.load(p_member + tile.OFFSET_B) + col,
         rank, in_features, o_row, m_row, o_col, m_col, BR, PRECISION,
@@ -58,7 +58,7 @@ def sample_compose_kernel(
     p_forget, p_sparse, p_counts, tiles, most_tiles, in_features,
     DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr, PRECISION: tl.constexpr,
     HARD: tl.constexpr, QUADS: tl.constexpr, RELU: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """As `compose_kernel`; also draws the bits and writes every tile's part of the statistics.
 
@@ -73,7 +73,7 @@ def sample_compose_kernel(
         o_col, m_col = tile.span(col, in_features, BI)
         m_tile = m_row[:, None] & m_col[None, :]
         b_logit = member_logits(
-            p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col
+            p_member, p_factors, row, col, in_features, o_row, m_row, o_col, m_col, BM
         )
         b_mask = mask_tile(p_seed, p_step, p_member, b_logit, row, col, o_row, HARD, QUADS)
         b_mask = b_mask & m_tile

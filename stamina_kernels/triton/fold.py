@@ -44,7 +44,7 @@ def fold_kernel(
         for t in range(first, end):
             p_adapter = p_adapters + t * ADAPTER_FIELDS
             rank = tile.field(p_adapter, ADAPTER_RANK)
-            b_product = tile.product_tile(
+            b_product = tile.low_rank_tile(
                 tl.load(p_adapter + ADAPTER_A).to(tl.pointer_type(tl.float16)) + row * rank,
                 tl.load(p_adapter + ADAPTER_B).to(tl.pointer_type(tl.float16)) + col,
                 rank, columns, o_row, m_row, o_col, m_col, BR, "ieee",

@@ -8,7 +8,7 @@ W_eff is a transient: the backward composes it from the bits for dX. Reductions 
 parts in a fixed order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,15 @@ from stamina_kernels.triton.mask import sample_kernel
 
 def _words(columns: int) -> int:
     return ceil_div(columns, 32)
+
+
+def _parts(group: Group, entry: dict[str, int]) -> Callable[..., Tensor]:
+    """torch.empty for what every tile writes a part of; zeros where members have fewer than most.
+
+    Parts are added up later, and those of tiles that a shorter member lacks must add nothing.
+    """
+    heights = {ceil_div(o, entry["BO"]) for o in group.rows}
+    return torch.empty if len(heights) == 1 else torch.zeros
 
 
 def _tiles(rows: Sequence[int], columns: int, entry: dict[str, int], device: torch.device) -> Tiles:
@@ -73,6 +82,7 @@ def sample(
                 bits,
                 tiles.number,
                 group.columns,
+                BM=rank_step(max(group.mask_ranks)),
                 **mask_options(hard, col0),
                 **launch_options(entry),
             )
@@ -151,10 +161,14 @@ def masked_linear(
     if cost.strategy(config.device_name(x.device), problem) == "compose":
         effective = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     bits = torch.empty(rows, _words(columns), dtype=torch.int32, device=x.device)
-    entry = options("statistics" if effective is None else "compose", x.device)
+    entry = options("statistics" if effective is None else "sample_compose", x.device)
     most = _tiles(group.rows, columns, entry, x.device).most
-    sums = torch.zeros(2, n, most, device=x.device)
-    counts = torch.zeros(n, 2, most, dtype=torch.int32, device=x.device)
+    parts = _parts(group, entry)
+    sums = parts(2, n, most, device=x.device)
+    counts = parts(n, 2, most, dtype=torch.int32, device=x.device)
+    if not weight_init:  # nothing is added to what W shares with earlier concepts
+        sums[0] = 0
+        counts[:, 1] = 0
     joined = torch.cat([t.to(x.dtype) for t in bias]) if bias else None
     with on(x.device):
         for launch in group.launches:
@@ -177,6 +191,7 @@ def masked_linear(
                 RELU=sparse_kind == "relu",
                 HAS_INITIAL=bool(weight_init),
                 BR=rank_step(max(group.ranks)),
+                BM=rank_step(max(group.mask_ranks)),
                 **mask_options(hard, col0),
                 **weight_options(launch, x.dtype),
                 **launch_options(entry),
@@ -252,12 +267,11 @@ def masked_linear_backward(
     entry = options(config.kernel_name("backward", x.dtype), x.device)
     largest = max(*group.ranks, *group.mask_ranks)
     passes = ceil_div(largest, rank_step(largest))
-    left_parts = torch.zeros(ceil_div(group.columns, entry["BI"]), group.left_size, device=x.device)
-    right_parts = torch.zeros(
-        ceil_div(max(group.rows), entry["BO"]), group.right_size, device=x.device
-    )
+    parts = _parts(group, entry)
+    left_parts = torch.empty(ceil_div(group.columns, entry["BI"]), group.left_size, device=x.device)
+    right_parts = parts(ceil_div(max(group.rows), entry["BO"]), group.right_size, device=x.device)
     most = len(left_parts) * len(right_parts)
-    logit_parts = torch.zeros(len(weight), most, device=x.device)
+    logit_parts = parts(len(weight), most, device=x.device)
     with on(x.device):
         for launch in group.launches:
             tiles = _tiles(launch.rows, group.columns, entry, x.device)

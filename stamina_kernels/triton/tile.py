@@ -63,15 +63,13 @@ def span(start, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def logits_tile(p_U, p_V, p_b, mask_rank, in_features, o_row, m_row, o_col, m_col):
-    """L = U V + b: one chain of fp32 multiply-adds over ascending k, b last."""
-    b_logit = tl.zeros([o_row.shape[0], o_col.shape[0]], tl.float32)
-    for k in range(mask_rank):
-        b_u = tl.load(p_U + o_row * mask_rank + k, mask=m_row, other=0.0)
-        b_v = tl.load(p_V + o_col, mask=m_col, other=0.0)
-        b_logit = tl.fma(b_u[:, None], b_v[None, :], b_logit)
-        p_V += in_features
-    return b_logit + tl.load(p_b)
+def logits_tile(
+    p_U, p_V, p_b, mask_rank, in_features, o_row, m_row, o_col, m_col, BM: tl.constexpr
+):
+    """L = U V + b in IEEE fp32: a chain of multiply-adds over ascending k, b last."""
+    return low_rank_tile(
+        p_U, p_V, mask_rank, in_features, o_row, m_row, o_col, m_col, BM, "ieee"
+    ) + tl.load(p_b)
 
 
 @triton.jit
@@ -102,27 +100,27 @@ def uniform_tile(p_seed, p_step, p_member, row, col, o_row, BI: tl.constexpr, QU
 
 
 @triton.jit
-def product_tile(
-    p_A, p_B, rank, in_features, o_row, m_row, o_col, m_col,
+def low_rank_tile(
+    p_left, p_right, rank, in_features, o_row, m_row, o_col, m_col,
     BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P = A B, accumulated in fp32 over rank in steps of BR (padded with zeros)."""
+    """left right, accumulated in fp32 over the rank in steps of BR (padded with zeros)."""
     b_product = tl.zeros([o_row.shape[0], o_col.shape[0]], tl.float32)
     for start in range(0, rank, BR):
         o_rank, m_rank = span(start, rank, BR)
-        b_a = tl.load(
-            p_A + o_row[:, None] * rank + o_rank[None, :],
+        b_left = tl.load(
+            p_left + o_row[:, None] * rank + o_rank[None, :],
             mask=m_row[:, None] & m_rank[None, :],
             other=0.0,
         )
-        b_b = tl.load(
-            p_B + o_rank[:, None] * in_features + o_col[None, :],
+        b_right = tl.load(
+            p_right + o_rank[:, None] * in_features + o_col[None, :],
             mask=m_rank[:, None] & m_col[None, :],
             other=0.0,
         )
-        b_product = tl.dot(b_a, b_b, b_product, input_precision=PRECISION)
-        p_A += BR
-        p_B += BR * tl.cast(in_features, tl.int64)
+        b_product = tl.dot(b_left, b_right, b_product, input_precision=PRECISION)
+        p_left += BR
+        p_right += BR * tl.cast(in_features, tl.int64)
     return b_product
 
 

@@ -60,26 +60,27 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     table = config.default_table()
-    mask = {"HARD": False, "QUADS": True}
-    statistics = {"RELU": False, "HAS_INITIAL": True}
     step = config.rank_step(RANK)
+    mask = {"HARD": False, "QUADS": True, "BM": step}
+    statistics = {"RELU": False, "HAS_INITIAL": True}
     yield Case("sample", sample_kernel, torch.float32, mask, table["sample"])
     for dtype in DTYPES:
         weight = {"DTYPE": ELEMENT[dtype], "ALIGNMENT": 16, "BR": step}
         product = weight | {"PRECISION": config.dot_precision(dtype)}
         drawn = product | mask | statistics
         bits = {"p_effective": None}
+        backward = {k: v for k, v in drawn.items() if k != "BM"} | {"PASSES": 1}
         generate = product | {"ONE_STEP": True, "p_bias": None}
         generate_options, backward_options = (
             table[config.kernel_name(name, dtype)] for name in ("generate", "backward")
         )
         yield Case("compose", compose_kernel, dtype, product, table["compose"])
-        yield Case("sample_compose", sample_compose_kernel, dtype, drawn, table["compose"])
+        yield Case("sample_compose", sample_compose_kernel, dtype, drawn, table["sample_compose"])
         yield Case(
             "sample_statistics", sample_compose_kernel, dtype, drawn | bits, table["statistics"]
         )
         yield Case("generate", generate_kernel, dtype, generate, generate_options)
-        yield Case("backward", backward_kernel, dtype, drawn | {"PASSES": 1}, backward_options)
+        yield Case("backward", backward_kernel, dtype, backward, backward_options)
         yield Case("fold", fold_kernel, dtype, weight, table["fold"])
 
 
