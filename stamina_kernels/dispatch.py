@@ -61,8 +61,9 @@ def _default(device_type: str) -> str:
         reasons[name] = reason
     else:
         name = "reference"
+    level = logging.WARNING if name == "reference" else logging.INFO
     for missing, reason in reasons.items():
-        _log.warning("backend %r is not available, using %r: %s", missing, name, reason)
+        _log.log(level, "backend %r is not available, using %r: %s", missing, name, reason)
     return name
 
 
