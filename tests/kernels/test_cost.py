@@ -33,18 +33,22 @@ def test_small_weights_stay_in_the_cache():
     assert launches[1].bytes == 154 * (1280 + 768) * 2
 
 
-def test_known_gpus_compose_and_slow_memory_generates():
-    """An H200 took 1.41 ms to generate 4096^3 and 0.40 ms to compose it."""
-    large = {"rows": 1 << 16, "columns": 2048, "has_initial": False, "sampled": False}
-    for name in cost.devices():
-        for tokens in (77, 154, 4096):
-            assert cost.strategy(name, problem(tokens, **large)) == "compose"
-    slow = cost.find_device(H100)._replace(bandwidth=1e11)
-    few = cost.estimate(slow, problem(77, **large))
-    assert cost.total_seconds(few["generate"]) < cost.total_seconds(few["compose"])
-    square = cost.estimate(cost.find_device("NVIDIA H200"), problem(4096, 4096, 4096))
-    ratio = cost.total_seconds(square["generate"]) / cost.total_seconds(square["compose"])
-    assert ratio > 1.41 / 0.40
+LARGE = {"rows": 1 << 16, "columns": 2048, "has_initial": False, "sampled": False}
+
+
+@pytest.mark.parametrize("name", cost.devices())
+def test_known_gpus_compose(name):
+    """As measured on an H200: 0.40 ms for 4096^3, where generating took 1.41."""
+    for tokens in (77, 154, 4096):
+        assert cost.strategy(name, problem(tokens, **LARGE)) == "compose"
+
+
+def test_where_memory_is_slow_few_tokens_are_generated(monkeypatch):
+    slow = cost.find_device(H100)._replace(bandwidth=3e11)
+    monkeypatch.setattr(cost, "devices", lambda: {"Slow": slow})
+    assert cost.strategy("Slow", problem(77, **LARGE)) == "generate"
+    assert cost.strategy("Slow", problem(4096, **LARGE)) == "compose"
+    assert cost.strategy("Slow", problem(77, rank=64, **LARGE)) == "compose"
 
 
 def test_more_work_never_takes_less_time():
