@@ -145,6 +145,25 @@ def learn():
 
 
 @pytest.fixture
+def unet(pipe, learn):
+    """A UNet in training: second concept, both penalties on, two launches a block."""
+    from stamina_adapters import (
+        fold_stamina,
+        set_stamina_attn_processor,
+        set_stamina_penalties,
+        set_stamina_step,
+    )
+
+    learn(pipe)
+    fold_stamina(pipe)
+    learn(pipe, "c1")
+    set_stamina_attn_processor(pipe)
+    set_stamina_step(pipe, 3)
+    set_stamina_penalties(pipe, forget=0.5, sparse=0.01)
+    return pipe.unet.train()
+
+
+@pytest.fixture
 def snapshot():
     """Everything of a pipeline that this library may change: tensors, types, flags, vocabulary."""
 

@@ -8,7 +8,6 @@ import torch
 from stamina_adapters import (
     StaminaLinear,
     fold_stamina,
-    set_stamina_attn_processor,
     set_stamina_penalties,
     set_stamina_step,
     stamina_parameters,
@@ -16,32 +15,7 @@ from stamina_adapters import (
 from stamina_adapters.linear import project_together
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-
-@pytest.fixture
-def unet(pipe, learn):
-    """A UNet in training: second concept, both penalties on, two launches a block."""
-    learn(pipe)
-    fold_stamina(pipe)
-    learn(pipe, "c1")
-    set_stamina_attn_processor(pipe)
-    set_stamina_step(pipe, 3)
-    set_stamina_penalties(pipe, forget=0.5, sparse=0.01)
-    return pipe.unet.train()
-
-
-def train_step(unet, call=None):
-    """Output and gradients of one step."""
-    torch.manual_seed(1)
-    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 40)
-    latents.requires_grad_()
-    text.requires_grad_()
-    output = (unet if call is None else call)(latents, torch.tensor([3, 500]), text).sample
-    output.float().square().mean().backward()
-    named = {k: p for k, p in unet.named_parameters() if p.requires_grad and p.grad is not None}
-    gradients = {k: p.grad.clone() for k, p in named.items()}
-    unet.zero_grad(set_to_none=True)
-    return output.detach(), gradients
+from unet_kit import train_step
 
 
 def assert_gradients(got, want, tolerance):

@@ -5,13 +5,9 @@ import functools
 
 import pytest
 import torch
-from stamina_adapters import (
-    fold_stamina,
-    set_stamina_attn_processor,
-    set_stamina_penalties,
-    set_stamina_step,
-)
+from stamina_adapters import fold_stamina
 from torch.utils.checkpoint import checkpoint
+from unet_kit import train_step
 
 pytestmark = pytest.mark.gpu
 
@@ -22,35 +18,6 @@ def _ieee_convolutions():
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
     torch.backends.cudnn.allow_tf32 = before
-
-
-@pytest.fixture
-def unet(pipe, learn):
-    """Second concept, both penalties, fused processors."""
-    learn(pipe)
-    fold_stamina(pipe)
-    learn(pipe, "c1")
-    set_stamina_attn_processor(pipe)
-    set_stamina_step(pipe, 3)
-    set_stamina_penalties(pipe, forget=0.5, sparse=0.01)
-    return pipe.unet.train()
-
-
-def train_step(unet, call=None):
-    """Output and gradients of one step, on the CPU."""
-    device = next(unet.parameters()).device
-    torch.manual_seed(1)
-    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 40)
-    arguments = latents.to(device).requires_grad_(), torch.tensor([3, 500]).to(device)
-    output = (unet if call is None else call)(*arguments, text.to(device).requires_grad_()).sample
-    output.float().square().mean().backward()
-    gradients = {
-        k: p.grad.cpu()
-        for k, p in unet.named_parameters()
-        if p.requires_grad and p.grad is not None and p.grad.any()
-    }
-    unet.zero_grad(set_to_none=True)
-    return output.detach().cpu(), gradients
 
 
 def assert_close(got, expected, tolerance):
