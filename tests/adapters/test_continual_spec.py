@@ -36,6 +36,14 @@ def test_the_fifty_concepts_and_the_ablations_are_committed():
     assert found["continual50"].checkpoints == (1, 5, 10, 25, 50)
     assert found["continual50"].ceiling is not None
     assert found["ablations10"].checkpoints[-1] == 10
+    learned = {
+        name: {i.id for i in embedded_identities(found[name].concepts, tuning=False)[0]}
+        for name in ("continual50", "ablations10")
+    }
+    # defaults follow from the ablations, so they are not run on what is evaluated
+    assert len(learned["ablations10"]) == 10 and learned["ablations10"].isdisjoint(
+        learned["continual50"]
+    )
     assert "untested" in found["stable-diffusion50"].description.lower()
 
 
@@ -72,6 +80,7 @@ def test_real_pictures_are_not_those_learned_from():
         ({"concepts": {"source": "web"}}, "concepts"),
         ({"concepts": {"source": "embedded", "count": 0}}, "concepts.embedded.count"),
         ({"concepts": {"source": "embedded", "identities": 10}}, "must not be below count 50"),
+        ({"concepts": {"source": "embedded", "start": 51}}, "must not exceed the 100 identities"),
         ({"checkpoints": [5, 1]}, "must be ascending task numbers"),
         ({"checkpoints": [0, 1]}, "must be ascending task numbers"),
         ({"prompts": {"concept": "a photo"}}, "must hold {token}"),

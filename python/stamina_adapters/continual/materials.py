@@ -62,11 +62,14 @@ def embedded_identities(
     """The identities to learn and the distractors; while tuning, none that is ever evaluated."""
     held = heldout_identities()
     sequence = [i for i in held if i.split == "sequence"]
-    evaluated, spare = sequence[: concepts.count], sequence[concepts.count :]
+    end = concepts.start + concepts.count
+    evaluated, after = sequence[concepts.start : end], sequence[end:]
+    before = sequence[: concepts.start][::-1]
     of_tuning = [i for i in held if i.split == "tuning"]
     rest = [i for i in held if i.split == "distractor"]
     learned = of_tuning[: concepts.tuning] if tuning else evaluated
-    others = [*rest, *of_tuning[concepts.tuning :], *spare] if tuning else [*spare, *rest]
+    spare = [*rest, *of_tuning[concepts.tuning :], *after] if tuning else [*after, *rest]
+    others = [*spare, *before]
     wanted = concepts.identities - len(learned)
     if wanted > len(others):
         raise InputError(

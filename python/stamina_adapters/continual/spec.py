@@ -21,12 +21,13 @@ class _Part(BaseModel):
 class EmbeddedConcepts(_Part):
     """Identities of the embedded world, faces and landmarks in turn.
 
-    The concepts to evaluate are the first `count` of the split "sequence"; the ones to tune on are
-    of the split "tuning", so the two never overlap. Every picture is judged among `identities`:
-    the learned ones and distractors, which are no evaluation concepts while tuning.
+    The concepts to evaluate are `count` of the split "sequence" after its first `start`; the ones
+    to tune on are of the split "tuning", so the two never overlap. Every picture is judged among
+    `identities`: the learned ones and distractors, which are no evaluation concepts while tuning.
     """
 
     source: Literal["embedded"] = "embedded"
+    start: int = Field(0, ge=0, lt=100, description="identities of the sequence to pass over")
     count: int = Field(50, ge=1, le=100)
     tuning: int = Field(5, ge=1, le=6)
     identities: int = Field(50, ge=2, le=106)
@@ -37,6 +38,10 @@ class EmbeddedConcepts(_Part):
     def _enough(self) -> "EmbeddedConcepts":
         if self.identities < self.count:
             raise ValueError(f"identities {self.identities} must not be below count {self.count}")
+        if self.start + self.count > 100:
+            raise ValueError(
+                f"start {self.start} and count {self.count} must not exceed the 100 identities"
+            )
         return self
 
 
