@@ -7,21 +7,22 @@ Each raises ValueError or TypeError naming the argument, what it was and what it
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from stamina_kernels.projection import CommittedAdapter, MaskedProjection
+from stamina_kernels.projection import CommittedAdapter, EmbeddingMLP, MaskedProjection
 
 MAX_RANK = 256
+MAX_HIDDEN = 32  # of an embedding MLP: one tile of the GPU's kernels
 SPARSE_KINDS = ("sigmoid", "relu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EXPONENTS = range(-148, 129)  # of fp32 numbers in [1/2, 1)
 FACTORS = ("A", "B", "U", "V", "b")
 
 
-def fail(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> None:
+def fail(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
     raise error(f"{name} must be {expected}, got {got}")
 
 
@@ -162,6 +163,29 @@ def check_group(group: Sequence[MaskedProjection], in_features: int, device: tor
     for field in ("bias", "weight_init"):
         if len({getattr(p, field) is None for p in group}) == 2:
             fail(f"projections[*].{field}", "a mixture", "given for all of a group or for none")
+
+
+def check_mlp(
+    name: str, mlp: EmbeddingMLP, dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    if not isinstance(mlp, EmbeddingMLP):
+        fail(name, type(mlp).__name__, "an EmbeddingMLP", TypeError)
+    for field in ("E", "W1", "b1", "W2", "b2"):
+        check_tensor(f"{name}.{field}", getattr(mlp, field), dtypes, device)
+    check_matrix(f"{name}.E", mlp.E, None, None)
+    if mlp.E.shape[0] == 0:
+        fail(f"{name}.E", list(mlp.E.shape), "of at least one row")
+    check_matrix(f"{name}.W1", mlp.W1, None, mlp.E.shape[1])
+    hidden = mlp.W1.shape[0]
+    check_matrix(f"{name}.W2", mlp.W2, None, hidden)
+    for field, size in (("E", mlp.E.shape[1]), ("W2", mlp.W2.shape[0])):
+        check_rank(f"{name}.{field}", size)
+    if not 1 <= hidden <= MAX_HIDDEN:
+        fail(f"{name}.W1", list(mlp.W1.shape), f"of 1 to {MAX_HIDDEN} rows")
+    for field, size in (("b1", hidden), ("b2", mlp.W2.shape[0])):
+        if getattr(mlp, field).shape != (size,):
+            fail(f"{name}.{field}", list(getattr(mlp, field).shape), f"of shape [{size}]")
+    check_flag(f"{name}.transposed", mlp.transposed)
 
 
 def check_committed(name: str, adapter: CommittedAdapter, weight: Tensor) -> None:

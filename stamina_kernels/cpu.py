@@ -41,6 +41,11 @@ def unavailable_reason() -> str | None:
     return None
 
 
+# small products, which torch's own library does as well
+embedding_mlp = reference.embedding_mlp
+embedding_mlp_backward = reference.embedding_mlp_backward
+
+
 def instruction_set() -> str:
     """The instruction set in use: avx512, avx2 or portable."""
     name: str = _library().instruction_set("")

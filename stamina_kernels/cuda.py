@@ -218,6 +218,33 @@ def masked_linear(
 
 
 @cache
+def _triton_or_reference() -> Any:
+    """The backend for what this one has no kernel of and torch can do as well, slower."""
+    from stamina_kernels import triton
+
+    reason = triton.unavailable_reason()
+    name = "triton" if reason is None else "reference"
+    _log.info(
+        "stamina::embedding_mlp of backend 'cuda' is that of %r%s",
+        name,
+        f": {reason}" if reason else "",
+    )
+    return triton if reason is None else reference
+
+
+def embedding_mlp(*arguments: Any) -> Tensor:
+    """Backend `triton`'s, or where that cannot run the reference's."""
+    out: Tensor = _triton_or_reference().embedding_mlp(*arguments)
+    return out
+
+
+def embedding_mlp_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """See `embedding_mlp`."""
+    gradients: tuple[Tensor, Tensor] = _triton_or_reference().embedding_mlp_backward(*arguments)
+    return gradients
+
+
+@cache
 def _contraction() -> Any:
     """Backend `triton`, or RuntimeError where it cannot run."""
     from stamina_kernels import triton

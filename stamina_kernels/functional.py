@@ -25,6 +25,7 @@ from stamina_kernels.checks import (
     check_logits,
     check_matrix,
     check_members,
+    check_mlp,
     check_number,
     check_rank,
     check_scalar,
@@ -32,7 +33,12 @@ from stamina_kernels.checks import (
     check_tensor,
     fail,
 )
-from stamina_kernels.projection import CommittedAdapter, MaskedLinearOutput, MaskedProjection
+from stamina_kernels.projection import (
+    CommittedAdapter,
+    EmbeddingMLP,
+    MaskedLinearOutput,
+    MaskedProjection,
+)
 from stamina_kernels.reference import unpack_bits
 
 
@@ -178,6 +184,29 @@ def compose(
     return effective
 
 
+def embedding_mlp(mlps: Sequence[EmbeddingMLP], *, backend: str | None = None) -> Sequence[Tensor]:
+    """Y = silu(E W1^T + b1) W2^T + b2 of every MLP, or Y^T where it is `transposed`.
+
+    Serves the factors of the mask logits: those of a whole group of projections in one launch, in
+    the layout that `masked_linear` takes. E [n, d], W1 [h, d], b1 [h], W2 [m, h], b2 [m] are fp32;
+    d and m are at most 256, h at most 32. Differentiable in all of them; nothing but them is saved
+    for the backward, which forms the hidden layer again. Autocast has no effect.
+
+    Raises ValueError or TypeError naming the argument; RuntimeError where the backend cannot run.
+    """
+    if not check_sequence("mlps", mlps):
+        fail("mlps", "none", "at least one MLP")
+    first: Any = getattr(mlps[0], "E", None)
+    if not isinstance(first, Tensor):
+        fail("mlps[0].E", type(first).__name__, "a tensor", TypeError)
+    accumulate = torch.float64 if first.dtype == torch.float64 else torch.float32
+    for k, mlp in enumerate(mlps):
+        check_mlp(f"mlps[{k}]", mlp, (accumulate,), first.device)
+    lists = [[getattr(mlp, f).contiguous() for mlp in mlps] for f in ("E", "W1", "b1", "W2", "b2")]
+    flipped = [mlp.transposed for mlp in mlps]
+    return ops.embedding_mlp(lists, flipped, _resolve(backend, first, accumulate))
+
+
 def commit(
     A: Tensor,
     B: Tensor,
@@ -265,10 +294,12 @@ def fold_(
 __all__ = [
     "MAX_RANK",
     "CommittedAdapter",
+    "EmbeddingMLP",
     "MaskedLinearOutput",
     "MaskedProjection",
     "commit",
     "compose",
+    "embedding_mlp",
     "fold_",
     "masked_linear",
     "sample_mask",

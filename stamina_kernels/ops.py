@@ -22,6 +22,7 @@ _announced: set[tuple[str, str]] = set()
 
 _COORDINATES = "int[] layer_id, int[] row0, int[] col0"
 _LOGITS = "Tensor[] U, Tensor[] V, Tensor[] b"
+_MLPS = "Tensor[] E, Tensor[] W1, Tensor[] b1, Tensor[] W2, Tensor[] b2, bool[] transposed"
 _SCHEMAS = {
     "sample": f"({_LOGITS}, Tensor seed, Tensor step, {_COORDINATES}, bool hard, str backend)"
     " -> Tensor",
@@ -35,6 +36,8 @@ _SCHEMAS = {
     f" {_LOGITS}, Tensor[] weight_init, Tensor bits, Tensor scale, Tensor tau, Tensor seed,"
     f" Tensor step, Tensor g_forget, Tensor g_sparse, {_COORDINATES}, bool hard,"
     " str sparse_kind, bool need_dx, str backend) -> (Tensor, Tensor)",
+    "embedding_mlp": f"({_MLPS}, str backend) -> Tensor",
+    "embedding_mlp_backward": f"(Tensor[] dY, {_MLPS}, str backend) -> (Tensor, Tensor)",
     "commit": "(Tensor A, Tensor B, Tensor U, Tensor V, Tensor b, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "fold_": "(Tensor(a!)[] weight, Tensor[] weight_init, Tensor[] A, Tensor[] B, float[] scale,"
@@ -128,6 +131,19 @@ def _fake_masked_linear_backward(
     return dx, A[0].new_empty(size)
 
 
+def _fake_embedding_mlp(
+    E: Sequence[Tensor], W1: Any, b1: Any, W2: Sequence[Tensor], *rest: Any
+) -> Tensor:
+    return E[0].new_empty(sum(e.shape[0] * w.shape[0] for e, w in zip(E, W2, strict=True)))
+
+
+def _fake_embedding_mlp_backward(
+    dY: Any, E: Sequence[Tensor], W1: Any, b1: Any, W2: Any, b2: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    size = sum(t.numel() for group in (W1, b1, W2, b2) for t in group)
+    return E[0].new_empty(sum(e.numel() for e in E)), E[0].new_empty(size)
+
+
 def _fake_commit(
     A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,6 +164,8 @@ _FAKES: dict[str, Any] = {
     "compose": _fake_compose,
     "masked_linear": _fake_masked_linear,
     "masked_linear_backward": _fake_masked_linear_backward,
+    "embedding_mlp": _fake_embedding_mlp,
+    "embedding_mlp_backward": _fake_embedding_mlp_backward,
     "commit": _fake_commit,
     "fold_": _fake_fold,
 }
@@ -198,6 +216,13 @@ def _backward(
     )  # fmt: skip
 
 
+def _eager_implementation(backward: str) -> Any:
+    """A backward's; the operation where a graph of it is wanted, which says that there is none."""
+    if torch.is_grad_enabled():
+        return getattr(torch.ops.stamina, backward)
+    return _implementations[backward]
+
+
 class _Eager(torch.autograd.Function):
     """The operation for eager calls: the same implementations and formula. torch.library's handling
     of lists takes half a millisecond a call, as long as a small projection itself."""
@@ -213,12 +238,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, g_forget: Tensor, g_sparse: Tensor, *_: Any) -> Any:
-        # the operation itself where a graph of the backward is wanted: it says that there is none
-        backward = (
-            torch.ops.stamina.masked_linear_backward
-            if torch.is_grad_enabled()
-            else _implementations["masked_linear_backward"]
-        )
+        backward = _eager_implementation("masked_linear_backward")
         dx, factors = _gradients(ctx, backward, dy, g_forget, g_sparse)
         none = [None] * ctx.members
         flat = [gradient for factor in factors for gradient in factor]
@@ -251,10 +271,85 @@ torch.library.register_autograd(
 )
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError("masked_linear has no second derivative (create_graph=True)")
+def _split_outputs(
+    flat: Tensor, E: Sequence[Tensor], W2: Sequence[Tensor], transposed: Sequence[bool]
+) -> list[Tensor]:
+    """The outputs of `embedding_mlp`, views of what it returns."""
+    sides = [(e.shape[0], w.shape[0]) for e, w in zip(E, W2, strict=True)]
+    pieces = flat.split([n * m for n, m in sides])
+    return [
+        piece.view(m, n) if flipped else piece.view(n, m)
+        for piece, (n, m), flipped in zip(pieces, sides, transposed, strict=True)
+    ]
+
+
+def _setup_mlp_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *lists, ctx.transposed, ctx.backend = inputs
+    ctx.save_for_backward(*(t for members in lists for t in members))
+
+
+def _mlp_gradients(ctx: Any, backward: Any, dY: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The lists dE, dW1, db1, dW2 and db2."""
+    n = len(ctx.transposed)
+    E, *parameters = (list(ctx.saved_tensors[k * n : (k + 1) * n]) for k in range(5))
+    flat_embeddings, flat = backward(dY, E, *parameters, ctx.transposed, ctx.backend)
+    sizes = [e.numel() for e in E]
+    dE = [d.view_as(e) for d, e in zip(flat_embeddings.split(sizes), E, strict=True)]
+    small = [t for mlp in zip(*parameters, strict=True) for t in mlp]
+    parts = flat.split([t.numel() for t in small])
+    gradients = [part.view_as(t) for part, t in zip(parts, small, strict=True)]
+    return [dE, *(gradients[k::4] for k in range(4))]
+
+
+def _mlp_backward(ctx: Any, flat: Tensor) -> tuple[Any, ...]:
+    n = len(ctx.transposed)
+    E, W2 = ctx.saved_tensors[:n], ctx.saved_tensors[3 * n : 4 * n]
+    dY = _split_outputs(flat, E, W2, ctx.transposed)
+    lists = _mlp_gradients(ctx, torch.ops.stamina.embedding_mlp_backward, dY)
+    return (*lists, None, None)
+
+
+class _EagerMLP(torch.autograd.Function):
+    """`embedding_mlp` for eager calls; see `_Eager`."""
+
+    @staticmethod
+    def forward(ctx: Any, transposed: Sequence[bool], backend: str, *tensors: Tensor) -> Any:
+        n = len(transposed)
+        lists = [list(tensors[k * n : (k + 1) * n]) for k in range(5)]
+        inputs = (*lists, transposed, backend)
+        _setup_mlp_context(ctx, inputs, None)
+        flat = _implementations["embedding_mlp"](*inputs)
+        return tuple(_split_outputs(flat, lists[0], lists[3], transposed))
+
+    @staticmethod
+    def backward(ctx: Any, *dY: Tensor) -> Any:
+        lists = _mlp_gradients(ctx, _eager_implementation("embedding_mlp_backward"), dY)
+        return (None, None, *(t for members in lists for t in members))
+
+
+def embedding_mlp(
+    lists: Sequence[Sequence[Tensor]], transposed: Sequence[bool], backend: str
+) -> Sequence[Tensor]:
+    """Every output of `torch.ops.stamina.embedding_mlp(*lists, transposed, backend)`."""
+    if not torch.compiler.is_compiling():
+        tensors = [t for members in lists for t in members]
+        if _is_plain_eager(tensors):
+            return _EagerMLP.apply(transposed, backend, *tensors)
+    flat = torch.ops.stamina.embedding_mlp(*lists, transposed, backend)
+    return _split_outputs(flat, lists[0], lists[3], transposed)
 
 
 torch.library.register_autograd(
-    "stamina::masked_linear_backward", _no_second_derivative, lib=_library
+    "stamina::embedding_mlp", _mlp_backward, setup_context=_setup_mlp_context, lib=_library
 )
+
+
+def _refuse_second_derivative(name: str) -> None:
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{name} has no second derivative (create_graph=True)")
+
+    torch.library.register_autograd(f"stamina::{name}_backward", refuse, lib=_library)
+
+
+for _name in ("masked_linear", "embedding_mlp"):
+    _refuse_second_derivative(_name)

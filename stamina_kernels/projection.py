@@ -55,3 +55,17 @@ class CommittedAdapter(NamedTuple):
     exponent: tuple[int, int]
     bits: Tensor
     scale: float
+
+
+class EmbeddingMLP(NamedTuple):
+    """A small MLP over n embeddings, Y = silu(E W1^T + b1) W2^T + b2; everything fp32.
+
+    E [n, d], W1 [h, d], b1 [h], W2 [m, h], b2 [m]; `transposed` asks for Y^T [m, n].
+    """
+
+    E: Tensor
+    W1: Tensor
+    b1: Tensor
+    W2: Tensor
+    b2: Tensor
+    transposed: bool = False

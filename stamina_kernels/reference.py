@@ -17,6 +17,12 @@ Backward, with the bits of the forward, z = sigmoid((L - logit u) / tau):
     dL = s G (.) P (.) z(1-z) / tau + g_s sparse'(L)
     dU = dL V^T         dV = U^T dL             db = sum dL
 
+The mask's factors may come from small MLPs over learned embeddings (E n x d, W1 h x d, W2 m x h):
+
+    Z  = E W1^T + b1            Y   = silu(Z) W2^T + b2
+    dZ = (dY W2) (.) silu'(Z)   dE  = dZ W1
+    dW1 = dZ^T E   db1 = sum dZ   dW2 = dY^T silu(Z)   db2 = sum dY      sums over the n rows
+
 Source: Smith et al., STAMINA (arXiv 2311.18763), abstract and method; the backward is derived here.
 
 Arguments are those of the operations in `ops.py`, validated by `functional.py`. A group of n
@@ -270,6 +276,47 @@ def masked_linear_backward(
         gradients += [t.flatten() for t in grad]
         first_row += W.shape[0]
     return (dx.to(x.dtype).view_as(x) if need_dx else dx), torch.cat(gradients)
+
+
+def embedding_mlp(
+    E: Sequence[Tensor],
+    W1: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    W2: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    transposed: Sequence[bool],
+) -> Tensor:
+    """Y [n, m] of every MLP, or Y^T [m, n] where it is `transposed`: flat, one after another."""
+    sizes = [e.shape[0] * w.shape[0] for e, w in zip(E, W2, strict=True)]
+    out = E[0].new_empty(sum(sizes))
+    mlps = zip(out.split(sizes), E, W1, b1, W2, b2, transposed, strict=True)
+    for piece, e, w1, c1, w2, c2, flipped in mlps:
+        hidden = F.silu(torch.addmm(c1, e, w1.t()))
+        if flipped:
+            torch.addmm(c2[:, None], w2, hidden.t(), out=piece.view(len(w2), len(e)))
+        else:
+            torch.addmm(c2, hidden, w2.t(), out=piece.view(len(e), len(w2)))
+    return out
+
+
+def embedding_mlp_backward(
+    dY: Sequence[Tensor],
+    E: Sequence[Tensor],
+    W1: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    W2: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    transposed: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """dE of every MLP, and dW1, db1, dW2, db2 of every MLP: flat, one after another."""
+    dE, parameters = [], []
+    for dy, e, w1, c1, w2, flipped in zip(dY, E, W1, b1, W2, transposed, strict=True):
+        dy = dy.t() if flipped else dy
+        z = torch.addmm(c1, e, w1.t())
+        dz = torch.ops.aten.silu_backward(dy @ w2, z)
+        dE.append(dz @ w1)
+        parameters += [dz.t() @ e, dz.sum(0), dy.t() @ F.silu(z), dy.sum(0)]
+    return torch.cat([d.view(-1) for d in dE]), torch.cat([d.view(-1) for d in parameters])
 
 
 def _half_with_exponent(name: str, factor: Tensor) -> tuple[Tensor, int]:

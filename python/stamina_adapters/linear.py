@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stamina_adapters.config import StaminaConfig
-from stamina_adapters.masks import make_mask_generator
+from stamina_adapters.masks import Factors, make_mask_generator, mask_factors
 from stamina_kernels import CommittedAdapter, MaskedProjection, commit, masked_linear
 
 WEIGHT_INIT = "stamina_weight_init"
@@ -205,9 +205,10 @@ class StaminaLinear(nn.Linear):
         """B [r, I] as it enters the product A B."""
         return self.B if self.preconditioner is None else self.B @ self.preconditioner
 
-    def projection(self) -> MaskedProjection:
-        """The layer as the operator takes it."""
-        U, V, b = self.mask()
+    def projection(self, factors: Factors | None = None) -> MaskedProjection:
+        """The layer as the operator takes it; `factors`: U, V and b of its mask, where they are
+        made already."""
+        U, V, b = factors or self.mask()
         B, number = self.right_factor, self.adapter.layer_id
         return MaskedProjection(
             self.weight, self.A, B, U, V, b, number, self.bias, self.weight_init
@@ -244,9 +245,10 @@ class StaminaLinear(nn.Linear):
 
 def _operator(layers: Sequence[StaminaLinear], x: Tensor) -> Any:
     first = layers[0]
+    factors = mask_factors([layer.mask for layer in layers])
     return masked_linear(
         x,
-        [layer.projection() for layer in layers],
+        [layer.projection(own) for layer, own in zip(layers, factors, strict=True)],
         scale=first.scale,
         tau=first.tau,
         seed=first.seed,

@@ -7,13 +7,13 @@ plain Parameters, never `nn.Linear`, so that nothing that searches a model for l
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+import stamina_kernels as kernels
 from stamina_adapters.config import StaminaConfig
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -53,30 +53,6 @@ class FreeFactors(MaskGenerator):
         return self.U, self.V
 
 
-class _RecomputedMLP(torch.autograd.Function):
-    """silu(E W1^T + b1) W2^T + b2, keeping its inputs alone: the backward forms the rest again.
-
-    Two thirds of what `torch.utils.checkpoint` takes around two products as small as these.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return _mlp(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        E, W1, b1, W2, _ = ctx.saved_tensors
-        z = F.linear(E, W1, b1)
-        dz = torch.ops.aten.silu_backward(grad @ W2, z)
-        return dz @ W1, dz.t() @ E, dz.sum(0), grad.t() @ F.silu(z), grad.sum(0)
-
-
-def _mlp(E: Tensor, W1: Tensor, b1: Tensor, W2: Tensor, b2: Tensor) -> Tensor:
-    return F.linear(F.silu(F.linear(E, W1, b1)), W2, b2)
-
-
 class EmbeddingMLP(nn.Module):
     """n x m matrix: an MLP m -> hidden -> m with SiLU over n learned embeddings of size m.
 
@@ -102,12 +78,13 @@ class EmbeddingMLP(nn.Module):
             self.weight2.mul_(gain)
             self.bias2.mul_(gain)
 
-    def forward(self) -> Tensor:
+    def weights(self, transposed: bool = False) -> kernels.EmbeddingMLP:
+        """The MLP as the operator takes it."""
         inputs = (self.embedding, self.weight1, self.bias1, self.weight2, self.bias2)
-        if torch.compiler.is_compiling():  # a compiler decides for itself what to keep
-            return _mlp(*inputs)
-        rows: Tensor = _RecomputedMLP.apply(*inputs)
-        return rows
+        return kernels.EmbeddingMLP(*inputs, transposed)
+
+    def forward(self) -> Tensor:
+        return kernels.embedding_mlp([self.weights()])[0]
 
 
 class EmbeddingMLPFactors(MaskGenerator):
@@ -122,8 +99,13 @@ class EmbeddingMLPFactors(MaskGenerator):
         self.row_mlp = EmbeddingMLP(rows, config.mask_rank, std, generator)
         self.column_mlp = EmbeddingMLP(columns, config.mask_rank, std, generator)
 
+    def mlps(self) -> list[kernels.EmbeddingMLP]:
+        """What makes U and V."""
+        return [self.row_mlp.weights(), self.column_mlp.weights(transposed=True)]
+
     def _factors(self) -> tuple[Tensor, Tensor]:
-        return self.row_mlp(), self.column_mlp().t()
+        U, V = kernels.embedding_mlp(self.mlps())
+        return U, V
 
 
 class ConstantMLP(nn.Module):
@@ -174,3 +156,12 @@ def make_mask_generator(
 ) -> MaskGenerator:
     """The generator that `config.mask_generator` names, for an O x I layer, drawn on the CPU."""
     return _GENERATORS[config.mask_generator](rows, columns, config, generator)
+
+
+def mask_factors(masks: Sequence[nn.Module]) -> list[Factors]:
+    """U, V and b of every generator; those that are MLPs over embeddings share one launch."""
+    embedded = [mask for mask in masks if type(mask) is EmbeddingMLPFactors]
+    if len(embedded) < len(masks):
+        return [mask() for mask in masks]
+    outputs = iter(kernels.embedding_mlp([mlp for mask in embedded for mlp in mask.mlps()]))
+    return [(U, V, mask.b) for mask, U, V in zip(embedded, outputs, outputs, strict=True)]

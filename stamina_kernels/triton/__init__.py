@@ -10,7 +10,9 @@ Importing this package imports neither Triton nor a kernel; the first call of an
     fold.py         all layers and all concepts in one launch
     group.py        how a group of projections reaches one launch: packed factors and a member table
     config.py       tile sizes and launch options
-    operations.py   the six operations of a backend
+    mlp.py          small MLPs over embeddings, which make the masks' factors
+    operations.py   the six operations of a backend on projections
+    embedding.py    the two on MLPs
 """
 
 import importlib
@@ -18,14 +20,16 @@ import importlib.util
 import os
 from typing import Any
 
-_OPERATIONS = (
-    "commit",
-    "compose",
-    "fold_",
-    "masked_linear",
-    "masked_linear_backward",
-    "sample",
-)
+_OPERATIONS = {
+    "commit": "operations",
+    "compose": "operations",
+    "embedding_mlp": "embedding",
+    "embedding_mlp_backward": "embedding",
+    "fold_": "operations",
+    "masked_linear": "operations",
+    "masked_linear_backward": "operations",
+    "sample": "operations",
+}
 
 
 def unavailable_reason() -> str | None:
@@ -43,5 +47,5 @@ def unavailable_reason() -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name in _OPERATIONS:
-        return getattr(importlib.import_module("stamina_kernels.triton.operations"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_OPERATIONS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,9 +3,9 @@
 
 `configs/<device>.json` holds what `tune.py` measured on that device, `configs/default.json` what
 serves every other. Of a kernel: BO x BI is the tile of the weight (BI a multiple of 32, the bits of
-a word), BN the step over tokens, `programs` how many persistent programs a multiprocessor gets;
-num_warps and num_stages are Triton's. The environment variable STAMINA_TRITON_CONFIGS names a
-folder that is searched before the package's.
+a word), BN the step over tokens or, of `mlp`, the embeddings of a program, `programs` how many
+persistent programs a multiprocessor gets; num_warps and num_stages are Triton's. The environment
+variable STAMINA_TRITON_CONFIGS names a folder that is searched before the package's.
 """
 
 import json

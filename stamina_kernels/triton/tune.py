@@ -5,8 +5,9 @@
     STAMINA_TRITON_CONFIGS=FOLDER python ...
 
 Nothing is tuned unless this is run. Every candidate computes the K and V projections of an SDXL
-block (2048 -> 1280 twice, 154 tokens, rank 16, bf16 and fp32) or folds ten concepts into them. One
-that fails to launch, or whose results are not those of the default options, is left out.
+block (2048 -> 1280 twice, 154 tokens, rank 16, bf16 and fp32), makes their masks' factors, or folds
+ten concepts into them. One that fails to launch, or whose results are not those of the default
+options, is left out.
 """
 
 import argparse
@@ -22,10 +23,12 @@ import triton
 from torch import Tensor
 
 from stamina_kernels import (
+    EmbeddingMLP,
     MaskedProjection,
     commit,
     compose,
     cost,
+    embedding_mlp,
     fold_,
     masked_linear,
     sample_mask,
@@ -35,6 +38,7 @@ from stamina_kernels.triton import config
 Run = Callable[[], Sequence[Tensor]]
 _SHAPES = {"rows": 1280, "columns": 2048, "tokens": 154, "rank": 16}
 _CONCEPTS = 10
+_HIDDEN = 32  # of the MLPs that make a mask's factors
 _PRODUCT_EPS = 2.0**-16  # of the products of fp32 factors where W has 16 bits: `dot_precision`
 
 
@@ -53,6 +57,7 @@ CANDIDATES = {
     "sample_compose": _ELEMENTWISE,
     "statistics": _ELEMENTWISE,
     "fold": _ELEMENTWISE,
+    "mlp": _grid(BN=(32, 64, 128), num_warps=(2, 4, 8)),
     **{
         config.kernel_name(kernel, dtype): [c | {"BN": n} for c in _PRODUCT for n in tokens]
         for kernel, tokens in (("generate", (64, 128)), ("backward", (32, 64)))
@@ -86,11 +91,37 @@ def _case(device: torch.device, dtype: torch.dtype, shapes: dict[str, int]) -> _
     return _Case(group, normal(shapes["tokens"], columns, to=dtype), scalars)
 
 
+def _mlps(device: torch.device, shapes: dict[str, int]) -> Run:
+    """Both factors of two masks from MLPs, and the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    rank = shapes["rank"]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_()
+
+    mlps = [
+        EmbeddingMLP(
+            normal(shapes[side], rank), normal(_HIDDEN, rank), normal(_HIDDEN),
+            normal(rank, _HIDDEN), normal(rank), transposed=side == "columns",
+        )
+        for side in ("rows", "columns") * 2
+    ]  # fmt: skip
+    leaves = [t for mlp in mlps for t in mlp[:5]]
+
+    def both() -> list[Tensor]:
+        outputs = embedding_mlp(mlps, backend="triton")
+        return [*outputs, *torch.autograd.grad([y.square().mean() for y in outputs], leaves)]
+
+    return both
+
+
 def _runs(kernel: str, device: torch.device, shapes: dict[str, int]) -> Run:
     """What exercises a kernel, and the tensors that show whether it still computes the same."""
     dtype = torch.float32 if kernel.endswith("fp32") else torch.bfloat16
     if device.type == "cpu":  # the interpreter, in tests
         dtype = torch.float32
+    if kernel == "mlp":
+        return _mlps(device, shapes)
     case = _case(device, dtype, shapes)
     scalars: dict[str, Any] = case.scalars
 

@@ -30,10 +30,12 @@ from triton.compiler import ASTSource
 from stamina_kernels.triton import config
 from stamina_kernels.triton.backward import backward_kernel
 from stamina_kernels.triton.composition import compose_kernel, sample_compose_kernel
+from stamina_kernels.triton.embedding import RANK_STEP
 from stamina_kernels.triton.fold import fold_kernel
 from stamina_kernels.triton.generate import generate_kernel
 from stamina_kernels.triton.launch import ELEMENT
 from stamina_kernels.triton.mask import sample_kernel
+from stamina_kernels.triton.mlp import mlp_backward_kernel, mlp_kernel
 
 ARCHS = ("80", "90", "100", "120", "gfx942")
 # Largest dynamic shared memory a block may ask for, bytes (CUDA C++ programming guide, table of
@@ -43,6 +45,7 @@ BUDGET = Budget(
     {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10, "gfx942": 64 << 10},
 )
 RANK = 16
+HIDDEN = 32  # of the masks' MLPs
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)")
 SPILL = re.compile(r"\b(STL|LDL|scratch_(?:load|store)\w*)")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,6 +67,9 @@ def cases() -> Iterator[Case]:
     mask = {"HARD": False, "QUADS": True, "BM": step}
     statistics = {"RELU": False, "HAS_INITIAL": True}
     yield Case("sample", sample_kernel, torch.float32, mask, table["sample"])
+    sizes = {"BH": config.rank_step(HIDDEN), "BR": RANK_STEP}
+    yield Case("mlp", mlp_kernel, torch.float32, sizes, table["mlp"])
+    yield Case("mlp_backward", mlp_backward_kernel, torch.float32, sizes, table["mlp"])
     for dtype in DTYPES:
         weight = {"DTYPE": ELEMENT[dtype], "ALIGNMENT": 16, "BR": step}
         product = weight | {"PRECISION": config.dot_precision(dtype)}
@@ -85,8 +91,9 @@ def cases() -> Iterator[Case]:
 
 
 _POINTERS = {
-    "p_tiles": "*i32", "p_members": "*i64", "p_layers": "*i64", "p_adapters": "*i64",
-    "p_seed": "*i64", "p_step": "*i64", "p_bits": "*i32", "p_counts": "*i32", "p_overflow": "*i32",
+    "p_tiles": "*i32", "p_members": "*i64", "p_mlps": "*i64", "p_layers": "*i64",
+    "p_adapters": "*i64", "p_seed": "*i64", "p_step": "*i64", "p_bits": "*i32", "p_counts": "*i32",
+    "p_overflow": "*i32",
 }  # fmt: skip
 _ACTIVATIONS = ("p_x", "p_dy", "p_y", "p_effective")
 # 77 tokens a prompt: not a multiple of 16, nor are numbers of tiles

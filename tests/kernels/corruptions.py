@@ -9,7 +9,7 @@ from oracle import FACTORS, make_problem
 from torch import Tensor
 
 import stamina_kernels
-from stamina_kernels import MAX_RANK, commit
+from stamina_kernels import MAX_RANK, EmbeddingMLP, commit
 
 NOT_TENSORS = (None, 1.5, "text", [1.0, 2.0])
 NOT_INTEGERS = (None, 1.5, "1", float("nan"))
@@ -89,6 +89,9 @@ def valid_call(
     if function == "commit":
         factors = {f: getattr(group[0], f) for f in FACTORS}
         return Call(function, {**factors, "scale": 0.5})
+    if function == "embedding_mlp":
+        mlps = [make_mlp(rows, rank, 7, mask_rank), make_mlp(columns, rank, 32, mask_rank, True)]
+        return Call(function, {"mlps": mlps})
     adapters = [
         [commit(*(getattr(p, f) for f in FACTORS), scale=s, backend="reference") for s in (0.5, 2)]
         for p in group
@@ -96,6 +99,21 @@ def valid_call(
     weights = [_roomy(p.weight) for p in group]
     initial = [_roomy(p.weight_init) for p in group]
     return Call(function, {"weights": weights, "weights_init": initial, "adapters": adapters})
+
+
+def make_mlp(
+    count: int, width: int, hidden: int, out: int, transposed: bool = False, seed: int = 0
+) -> EmbeddingMLP:
+    """An MLP whose outputs are of the order of 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+
+    return EmbeddingMLP(
+        normal(count, width), normal(hidden, width), normal(hidden), normal(out, hidden),
+        normal(out), transposed,
+    )  # fmt: skip
 
 
 def _matrix_shapes(tensor: Tensor, rows: bool, columns: bool) -> Iterator[tuple[str, Tensor]]:
@@ -121,7 +139,9 @@ def _tensor(call: Call, path: tuple, names: tuple[str, ...], *, optional: bool =
         yield Corruption(f"{path} {dtype}", names, wrong)
     # where two disagree on the device, either may be named
     meta = torch.empty_like(tensor, device="meta")
-    beside = tuple(f for f in (*FACTORS, "weights_init", "weight", "seed", "bits") if f != names[0])
+    beside = tuple(
+        f for f in (*FACTORS, "W1", "weights_init", "weight", "seed", "bits") if f != names[0]
+    )
     yield Corruption(f"{path} device", names + beside, call.replaced(path, meta))
 
 
@@ -274,6 +294,42 @@ def _non_finite(call: Call) -> Iterator[Corruption]:
         yield Corruption(f"scale {value!r}", ("scale",), call.replaced(("scale",), value))
 
 
+def _mlps(call: Call) -> Iterator[Corruption]:
+    for wrong in (None, [], (), 3, "text"):
+        yield Corruption(f"mlps {wrong!r}", ("mlps",), call.replaced(("mlps",), wrong))
+    for k in range(2):
+        at = ("mlps", k)
+        for wrong in (None, 3, call.get((*at, "E"))):
+            yield Corruption(f"{at} {type(wrong)}", ("mlps",), call.replaced(at, wrong))
+        for name in ("E", "W1", "b1", "W2", "b2"):
+            path, tensor = (*at, name), call.get((*at, name))
+            yield from _tensor(call, path, (name,))
+            yield Corruption(f"{path} half", (name,), call.replaced(path, tensor.half()))
+            # fp64 throughout is legal: the first tensor says which
+            beside = ("W1", "mlps") if path == ("mlps", 0, "E") else (name,)
+            yield Corruption(f"{path} double", beside, call.replaced(path, tensor.double()))
+        for name, others, rows in (
+            ("E", ("W1",), False), ("W1", ("W2", "b1"), True), ("W2", ("b2",), True),
+        ):  # fmt: skip
+            for label, wrong in _matrix_shapes(call.get((*at, name)), rows, True):
+                bad = call.replaced((*at, name), wrong)
+                yield Corruption(f"{at} {name} {label}", (name, *others), bad)
+        yield Corruption(
+            f"{at} E empty", ("E",), call.replaced((*at, "E"), call.get((*at, "E"))[:0])
+        )
+        for name in ("b1", "b2"):
+            bias = call.get((*at, name))
+            for label, wrong in (("longer", torch.cat([bias, bias[:1]])), ("extra", bias[None])):
+                bad = call.replaced((*at, name), wrong)
+                yield Corruption(f"{at} {name} {label}", (name,), bad)
+        for sizes, name in (((257, 7, 3), "E"), ((3, 33, 3), "W1"), ((3, 7, 257), "W2")):
+            bad = call.replaced(at, make_mlp(5, *sizes))
+            yield Corruption(f"{at} sizes {sizes}", (name,), bad)
+        for wrong in (None, 2, "yes"):
+            bad = call.replaced((*at, "transposed"), wrong)
+            yield Corruption(f"{at} transposed {wrong!r}", ("transposed",), bad)
+
+
 def corruptions(call: Call) -> list[Corruption]:
     """All of them."""
     found: list[Corruption] = []
@@ -300,6 +356,8 @@ def corruptions(call: Call) -> list[Corruption]:
         found += _option(call, "dtype", torch.int8, torch.complex64, "float32")
     if call.function == "commit":
         found += [*_factors(call, ()), *_non_finite(call)]
+    if call.function == "embedding_mlp":
+        found += _mlps(call)
     if call.function == "fold_":
         found += _fold(call)
     return found

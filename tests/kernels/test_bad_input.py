@@ -12,7 +12,7 @@ from oracle import make_problem
 
 from stamina_kernels import backends, fold_, masked_linear
 
-FUNCTIONS = ("masked_linear", "sample_mask", "compose", "commit", "fold_")
+FUNCTIONS = ("masked_linear", "sample_mask", "compose", "commit", "fold_", "embedding_mlp")
 AVAILABLE = [name for name in ("reference", "cpu") if backends()[name] is None]
 SIZES = {"rows": 6, "columns": 10, "rank": 4, "mask_rank": 3, "dtype": torch.float32}
 
