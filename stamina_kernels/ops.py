@@ -288,10 +288,17 @@ def _setup_mlp_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*(t for members in lists for t in members))
 
 
-def _mlp_gradients(ctx: Any, backward: Any, dY: Sequence[Tensor]) -> list[list[Tensor]]:
+def _saved_mlps(ctx: Any) -> list[list[Tensor]]:
+    """E, W1, b1, W2 and b2. To be read once: checkpointing refuses to unpack a tensor twice."""
+    saved, n = ctx.saved_tensors, len(ctx.transposed)
+    return [list(saved[k * n : (k + 1) * n]) for k in range(5)]
+
+
+def _mlp_gradients(
+    ctx: Any, backward: Any, dY: Sequence[Tensor], mlps: list[list[Tensor]]
+) -> list[list[Tensor]]:
     """The lists dE, dW1, db1, dW2 and db2."""
-    n = len(ctx.transposed)
-    E, *parameters = (list(ctx.saved_tensors[k * n : (k + 1) * n]) for k in range(5))
+    E, *parameters = mlps
     flat_embeddings, flat = backward(dY, E, *parameters, ctx.transposed, ctx.backend)
     sizes = [e.numel() for e in E]
     dE = [d.view_as(e) for d, e in zip(flat_embeddings.split(sizes), E, strict=True)]
@@ -302,10 +309,9 @@ def _mlp_gradients(ctx: Any, backward: Any, dY: Sequence[Tensor]) -> list[list[T
 
 
 def _mlp_backward(ctx: Any, flat: Tensor) -> tuple[Any, ...]:
-    n = len(ctx.transposed)
-    E, W2 = ctx.saved_tensors[:n], ctx.saved_tensors[3 * n : 4 * n]
-    dY = _split_outputs(flat, E, W2, ctx.transposed)
-    lists = _mlp_gradients(ctx, torch.ops.stamina.embedding_mlp_backward, dY)
+    mlps = _saved_mlps(ctx)
+    dY = _split_outputs(flat, mlps[0], mlps[3], ctx.transposed)
+    lists = _mlp_gradients(ctx, torch.ops.stamina.embedding_mlp_backward, dY, mlps)
     return (*lists, None, None)
 
 
@@ -323,7 +329,8 @@ class _EagerMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dY: Tensor) -> Any:
-        lists = _mlp_gradients(ctx, _eager_implementation("embedding_mlp_backward"), dY)
+        backward = _eager_implementation("embedding_mlp_backward")
+        lists = _mlp_gradients(ctx, backward, dY, _saved_mlps(ctx))
         return (None, None, *(t for members in lists for t in members))
 
 
