@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.masks import Factors, make_mask_generator, mask_factors
@@ -16,6 +17,7 @@ from stamina_kernels import CommittedAdapter, MaskedProjection, commit, masked_l
 WEIGHT_INIT = "stamina_weight_init"
 _SCALARS = ("seed", "step", "scale", "tau", "forget_weight", "sparse_weight")
 _PLAIN = ("adapter", "active", "hard")
+_MOST_WEIGHTS = 1 << 24  # of one launch of many layers: their W_eff is held while it lasts
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,6 @@ class StaminaLinear(nn.Linear):
             return super().forward(x)
         return _project_group([self], x)[0]
 
-    def change(self, x: Tensor) -> Tensor:
-        """x D^T [..., O], what the adapter adds to the output; its backward adds no penalty."""
-        y: Tensor = _operator([self], x).y
-        return y - super().forward(x)
-
     def set_preconditioner(self, C: Tensor) -> None:
         """Train B' of B = B' C from here on, C [I, I] in fp32, which is not copied.
 
@@ -291,7 +288,14 @@ def _shares_launch(layer: nn.Module, first: nn.Module) -> bool:
         and isinstance(first, StaminaLinear)
         and layer.active
         and not _has_hooks(layer)
-        and layer.adapter.name == first.adapter.name
+        and _fits_group(layer, first)
+    )
+
+
+def _fits_group(layer: StaminaLinear, first: StaminaLinear) -> bool:
+    """Whether the operator takes both in one group."""
+    return (
+        layer.adapter.name == first.adapter.name
         and layer.hard == first.hard
         and layer.in_features == first.in_features
         and (layer.bias is None) == (first.bias is None)
@@ -313,3 +317,25 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         next(outputs) if any(layer is member for member in together) else layer(x)
         for layer in layers
     ]
+
+
+def changes_together(layers: Sequence[StaminaLinear], x: Tensor) -> list[Tensor]:
+    """x D^T [..., O] of every layer, what adapters add to outputs, in as few launches as fit.
+
+    The backward adds no penalty.
+    """
+    groups: list[list[StaminaLinear]] = []
+    for layer in layers:
+        weights = layer.weight.numel() + sum(m.weight.numel() for m in groups[-1]) if groups else 0
+        if groups and weights <= _MOST_WEIGHTS and _fits_group(layer, groups[-1][0]):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    changes: list[Tensor] = []
+    for group in groups:
+        outputs = _operator(group, x).y.split([layer.out_features for layer in group], dim=-1)
+        changes += [
+            y - F.linear(x, layer.weight, layer.bias)
+            for layer, y in zip(group, outputs, strict=True)
+        ]
+    return changes

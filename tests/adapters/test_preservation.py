@@ -6,8 +6,9 @@ import copy
 import pytest
 import torch
 from PIL import Image
-from stamina_adapters import apply_stamina, set_stamina_mask_mode
+from stamina_adapters import apply_stamina, linear, set_stamina_mask_mode
 from stamina_adapters.config import StaminaConfig
+from stamina_adapters.linear import changes_together
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.methods import StaminaMethod
@@ -59,6 +60,10 @@ def _adapted(pipe):
     return layers
 
 
+def _changes(layers):
+    return lambda paths, H: changes_together([layers[path] for path in paths], H)
+
+
 def _dense(layer):
     """D in fp64."""
     U, V, b = layer.mask()
@@ -93,7 +98,7 @@ def test_the_term_is_the_relative_change_of_keys_and_values(pipe):
         drift = (states @ _dense(layer).t()).square().sum(-1).mean(1).sum()
         expected += 3.0 / len(layers) * drift / size
     preservation = _held(pipe, layers, preserve_weight=3.0)
-    term = preservation.term(lambda path, H: layers[path].change(H))
+    term = preservation.term(_changes(layers))
     # y - x W^T cancels: D is as large as W here, so a few fp32 roundings of either
     torch.testing.assert_close(term.double(), expected, rtol=1e-4, atol=0)
 
@@ -101,7 +106,7 @@ def test_the_term_is_the_relative_change_of_keys_and_values(pipe):
 def test_its_gradient_is_that_of_the_dense_formula(pipe):
     layers = _adapted(pipe)
     preservation = _held(pipe, layers, preserve_weight=3.0)
-    preservation.term(lambda path, H: layers[path].change(H)).backward()
+    preservation.term(_changes(layers)).backward()
     states = encode(pipe, [""])
     for layer in layers.values():
         layer.forget_weight.fill_(1e6)  # the penalties of the layer have no part in it
@@ -124,10 +129,36 @@ def test_penalties_of_the_layer_take_no_part(pipe):
         layer.forget_weight.fill_(weight)
         layer.sparse_weight.fill_(weight)
         layer.zero_grad()
-        layer.change(torch.ones(2, layer.in_features)).sum().backward()
+        changes_together([layer], torch.ones(2, layer.in_features))[0].sum().backward()
         grads.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
     for free, penalised in zip(*grads, strict=True):
         assert torch.equal(free, penalised)
+
+
+def test_layers_that_fit_share_a_launch_whatever_they_are(pipe, monkeypatch):
+    layers = list(_adapted(pipe).values())
+    x = torch.randn(3, layers[0].in_features, generator=torch.Generator().manual_seed(1))
+    alone = [changes_together([layer], x)[0] for layer in layers]
+    launches = []
+    operator = linear.masked_linear
+
+    def counted(x, group, **settings):
+        launches.append(sum(p.weight.numel() for p in group))
+        return operator(x, group, **settings)
+
+    monkeypatch.setattr(linear, "masked_linear", counted)
+    # one layer apart from the others, in the middle of them
+    layers[1].hard = False
+    expected = [*alone[:1], changes_together([layers[1]], x)[0], *alone[2:]]
+    launches.clear()
+    for got, wanted in zip(changes_together(layers, x), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert len(launches) == 3
+    limit = max(layer.weight.numel() for layer in layers)
+    monkeypatch.setattr(linear, "_MOST_WEIGHTS", limit)
+    launches.clear()
+    changes_together(layers, x)
+    assert max(launches) <= limit and len(launches) > 3
 
 
 def test_layers_outside_of_cross_attention_take_no_part(pipe):
@@ -135,9 +166,12 @@ def test_layers_outside_of_cross_attention_take_no_part(pipe):
     paths = apply_stamina(pipe, config, adapter_name="live")
     layers = {path: pipe.unet.get_submodule(path) for path in paths}
     seen = []
-    _held(pipe, layers, preserve_weight=1.0).term(
-        lambda path, H: seen.append(path) or layers[path].change(H)
-    )
+
+    def changes(paths, H):
+        seen.extend(paths)
+        return _changes(layers)(paths, H)
+
+    _held(pipe, layers, preserve_weight=1.0).term(changes)
     assert seen == [path for path in paths if "attn2" in path]
     assert len(seen) < len(paths)
 
@@ -145,7 +179,7 @@ def test_layers_outside_of_cross_attention_take_no_part(pipe):
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_no_weight_is_no_term(pipe, weight):
     layers = _adapted(pipe) if weight == 0 else {}
-    assert _held(pipe, layers, preserve_weight=weight).term(lambda path, H: H) is None
+    assert _held(pipe, layers, preserve_weight=weight).term(_changes(layers)) is None
 
 
 def test_a_large_weight_keeps_the_pictures_of_earlier_prompts(pipe, render):
@@ -203,7 +237,8 @@ def test_the_operator_and_the_committed_factors_take_the_preconditioned_factor(p
         x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
         expected = x.double() @ D.t()
         # y - x W^T cancels, see above
-        torch.testing.assert_close(layer.change(x).double(), expected, rtol=1e-3, atol=1e-4)
+        (change,) = changes_together([layer], x)
+        torch.testing.assert_close(change.double(), expected, rtol=1e-3, atol=1e-4)
         adapter = layer.commit()
         committed = adapter.B.double() * 2.0 ** adapter.exponent[1]
         # fp16 once, relative to the largest element of the factor

@@ -26,7 +26,7 @@ from stamina_adapters import (
 )
 from stamina_adapters.files import concept_from_bytes, concept_to_bytes
 from stamina_adapters.fold import restore_concepts
-from stamina_adapters.linear import WEIGHT_INIT
+from stamina_adapters.linear import WEIGHT_INIT, changes_together
 from stamina_adapters.models import adapted_model, find_state, layer_at
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.penalties import DensityHinge
@@ -207,7 +207,9 @@ class StaminaMethod:
 
     def penalty(self) -> Tensor | None:
         # the layers feed the two regularisers into their own backward
-        return self._preservation.term(lambda path, H: self._layers[path].change(H))
+        return self._preservation.term(
+            lambda paths, H: changes_together([self._layers[path] for path in paths], H)
+        )
 
     def consolidate(self, loss: Callable[[], Tensor]) -> None:
         pass

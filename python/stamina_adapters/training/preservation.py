@@ -28,7 +28,7 @@ constraint on text features when models are merged (Kumari et al., arXiv 2212.04
 and updates kept out of the space of earlier inputs (Liang and Li, arXiv 2404.00228).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class Preservation:
         Preconditions them with eta = precondition, and makes the term with nu = preserve_weight.
         """
         chosen = {p: layer for p, layer in layers.items() if _CROSS_ATTENTION in p.split(".")}
-        self._rows: dict[str, Tensor] = {}
+        self._groups: list[tuple[list[str], Tensor]] = []  # paths, and H for their layers
         self._weights: dict[str, Tensor] = {}
         if not chosen or not (config.preserve_weight or config.precondition):
             return
@@ -109,16 +109,19 @@ class Preservation:
             for layer in chosen.values():
                 layer.set_preconditioner(C.to(layer.weight.device))
         if config.preserve_weight:
+            alike: dict[Any, list[str]] = {}
             for path, layer in chosen.items():
                 size = F.linear(states.to(layer.weight), layer.weight)
                 energy = size.float().square().sum(-1).mean()
-                self._rows[path] = H.to(layer.weight)
                 self._weights[path] = config.preserve_weight / (len(chosen) * energy)
+                alike.setdefault((layer.weight.device, layer.weight.dtype), []).append(path)
+            self._groups = [(paths, H.to(*place)) for place, paths in alike.items()]
 
-    def term(self, change: Callable[[str, Tensor], Tensor]) -> Tensor | None:
-        """The term, 0-dim fp32; `change(path, H)` is H D^T of a layer. None where it has none."""
+    def term(self, changes: Callable[[list[str], Tensor], Iterable[Tensor]]) -> Tensor | None:
+        """The term, 0-dim fp32, None where it has none; `changes(paths, H)` are H D^T of layers."""
         terms = [
-            self._weights[path] * change(path, H).float().square().sum()
-            for path, H in self._rows.items()
+            self._weights[path] * change.float().square().sum()
+            for paths, H in self._groups
+            for path, change in zip(paths, changes(paths, H), strict=True)
         ]
         return torch.stack(terms).sum() if terms else None

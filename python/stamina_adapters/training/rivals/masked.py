@@ -316,7 +316,9 @@ class MaskedMethod(RivalMethod):
                 delta.noise = uniform(seed, step, number, range(rows), range(columns))
 
     def penalty(self) -> Tensor | None:
-        preserve = self._preservation.term(lambda path, H: self._layers[path].change(H))
+        preserve = self._preservation.term(
+            lambda paths, H: [self._layers[path].change(H) for path in paths]
+        )
         terms = [] if preserve is None else [preserve]
         for path, delta in self._deltas().items():
             if self._learned and self._config.forget_weight:
