@@ -30,7 +30,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-HOST_SOURCES = ["backward.cpp", "fold.cpp", "forward.cpp", "isa.cpp", "library.cpp"]
+HOST_SOURCES = ["backward.cpp", "fold.cpp", "forward.cpp", "isa.cpp", "library.cpp", "mlp.cpp"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]

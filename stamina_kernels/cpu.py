@@ -41,11 +41,6 @@ def unavailable_reason() -> str | None:
     return None
 
 
-# small products, which torch's own library does as well
-embedding_mlp = reference.embedding_mlp
-embedding_mlp_backward = reference.embedding_mlp_backward
-
-
 def instruction_set() -> str:
     """The instruction set in use: avx512, avx2 or portable."""
     name: str = _library().instruction_set("")
@@ -139,6 +134,35 @@ def masked_linear_backward(
         dy, x, weight, A, B, U, V, b, weight_init, bits, scale, tau, seed, step, g_forget, g_sparse,
         layer_id, row0, col0, hard, sparse_kind, need_dx,
     )  # fmt: skip
+    return gradients
+
+
+def embedding_mlp(
+    E: Sequence[Tensor],
+    W1: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    W2: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    transposed: Sequence[bool],
+) -> Tensor:
+    """Y of every MLP, or Y^T where it is `transposed`: flat, one after another."""
+    flat: Tensor = _library().embedding_mlp.default(E, W1, b1, W2, b2, transposed)
+    return flat
+
+
+def embedding_mlp_backward(
+    dY: Sequence[Tensor],
+    E: Sequence[Tensor],
+    W1: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    W2: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    transposed: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """dE of every MLP, and dW1, db1, dW2, db2 of every MLP: flat, one after another."""
+    gradients: tuple[Tensor, Tensor] = _library().embedding_mlp_backward.default(
+        [d.contiguous() for d in dY], E, W1, b1, W2, b2, transposed
+    )
     return gradients
 
 

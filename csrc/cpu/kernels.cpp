@@ -6,6 +6,7 @@
 // contractions.
 #include "kernels.h"
 
+#include "mlp.h"
 #include "tile.h"
 
 namespace stamina::STAMINA_ISA {
@@ -319,6 +320,8 @@ extern const Kernels kernels = {STAMINA_NAME(STAMINA_ISA),
                                 backward,
                                 fold,
                                 block_product,
+                                mlp_forward,
+                                mlp_backward,
                                 round_sum,
                                 convert,
                                 philox_words};

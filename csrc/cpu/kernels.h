@@ -123,6 +123,24 @@ struct FoldTile {
   float* total;
 };
 
+// Rows of embeddings that an MLP takes at once, and the sizes that it serves.
+constexpr int kMlpRows = 64;
+constexpr int kMaxMlpWidth = 256;
+constexpr int kMaxMlpHidden = 32;
+constexpr int64_t kMaxMlpCount = 0x7FFFFFFF;
+
+// Y = silu(E W1^T + b1) W2^T + b2, Y^T where transposed, or its backward. Matrices are contiguous.
+struct Mlp {
+  int64_t count;
+  int width, hidden, out;
+  bool transposed;
+  const float *embedding, *weight1, *bias1, *weight2, *bias2;
+  float* y;         // forward
+  const float* dy;  // backward, with what follows
+  float *d_embedding, *d_weight1, *d_bias1, *d_weight2, *d_bias2;
+  float* scratch;
+};
+
 struct Kernels {
   const char* name;
   int64_t panel_columns;  // a divisor of kTileColumns
@@ -131,6 +149,8 @@ struct Kernels {
   void (*backward)(const BackwardTile&);
   void (*fold)(const FoldTile&);
   void (*multiply)(const Product&);
+  void (*mlp_forward)(const Mlp&);
+  void (*mlp_backward)(const Mlp&);
   // target = round(source + total) on at most kTileColumns; returns whether all results are finite
   bool (*round_sum)(const float* total, const void* source, void* target, int columns, DType dtype);
   // n values from one dtype to another, rounded to nearest even

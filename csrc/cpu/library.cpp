@@ -32,6 +32,12 @@ STABLE_TORCH_LIBRARY(stamina_cpu, m) {
       " Tensor tau, Tensor seed, Tensor step, Tensor g_forget, Tensor g_sparse, int[] layer_id,"
       " int[] row0, int[] col0, bool hard, str sparse_kind, bool need_dx) -> (Tensor, Tensor)");
   m.def(
+      "embedding_mlp(Tensor[] E, Tensor[] W1, Tensor[] b1, Tensor[] W2, Tensor[] b2,"
+      " int[] transposed) -> Tensor");
+  m.def(
+      "embedding_mlp_backward(Tensor[] dY, Tensor[] E, Tensor[] W1, Tensor[] b1, Tensor[] W2,"
+      " Tensor[] b2, int[] transposed) -> (Tensor, Tensor)");
+  m.def(
       "fold_(Tensor(a!)[] weight, Tensor[] weight_init, Tensor[] A, Tensor[] B, float[] scale,"
       " Tensor[] bits, int[] first) -> int");
   m.def(
@@ -45,6 +51,8 @@ STABLE_TORCH_LIBRARY_IMPL(stamina_cpu, CompositeExplicitAutograd, m) {
   m.impl("compose", TORCH_BOX(&stamina::compose));
   m.impl("masked_linear", TORCH_BOX(&stamina::masked_linear));
   m.impl("masked_linear_backward", TORCH_BOX(&stamina::masked_linear_backward));
+  m.impl("embedding_mlp", TORCH_BOX(&stamina::embedding_mlp));
+  m.impl("embedding_mlp_backward", TORCH_BOX(&stamina::embedding_mlp_backward));
   m.impl("fold_", TORCH_BOX(&stamina::fold_));
   m.impl("philox_words", TORCH_BOX(&stamina::philox_words));
   m.impl("instruction_set", TORCH_BOX(&stamina::instruction_set));

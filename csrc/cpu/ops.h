@@ -29,6 +29,14 @@ std::tuple<Tensor, Tensor> masked_linear_backward(
     const Integers& row0, const Integers& col0, bool hard, const std::string& sparse_kind,
     bool need_dx);
 
+Tensor embedding_mlp(const Tensors& E, const Tensors& W1, const Tensors& b1, const Tensors& W2,
+                     const Tensors& b2, const Integers& transposed);
+
+std::tuple<Tensor, Tensor> embedding_mlp_backward(const Tensors& dY, const Tensors& E,
+                                                  const Tensors& W1, const Tensors& b1,
+                                                  const Tensors& W2, const Tensors& b2,
+                                                  const Integers& transposed);
+
 // Index of the first layer that overflows its dtype (everything is then restored), or -1.
 int64_t fold_(const Tensors& weight, const Tensors& weight_init, const Tensors& A, const Tensors& B,
               const std::vector<double>& scale, const Tensors& bits, const Integers& first);

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from corruptions import make_mlp
 from oracle import make_problem
 from test_cpu import in_child
 
@@ -47,6 +48,11 @@ def valid(operation):
             "bits": bits, "scale": one, "tau": one, **stream, "g_forget": g, "g_sparse": g, **where,
             "sparse_kind": "relu", "need_dx": True,
         }  # fmt: skip
+    if operation.startswith("embedding_mlp"):
+        mlps = [make_mlp(6, 4, 7, 3), make_mlp(9, 5, 32, 2, transposed=True)]
+        lists = {field: [getattr(mlp, field) for mlp in mlps] for field in MLP_FIELDS}
+        dY = {"dY": [torch.ones(6, 3), torch.ones(2, 9)]} if "backward" in operation else {}
+        return {**dY, **lists, "transposed": [0, 1]}
     assert operation == "fold_"
     return {
         "weight": weight, "weight_init": initial,
@@ -56,7 +62,11 @@ def valid(operation):
     }  # fmt: skip
 
 
-OPERATIONS = ("sample", "compose", "masked_linear", "masked_linear_backward", "fold_")
+MLP_FIELDS = ("E", "W1", "b1", "W2", "b2")
+OPERATIONS = (
+    "sample", "compose", "masked_linear", "masked_linear_backward", "embedding_mlp",
+    "embedding_mlp_backward", "fold_",
+)  # fmt: skip
 WRONG_LISTS = {
     "first": [[], [0], [0, 3], [0, 2, 4], [1, 2, 3], [0, 2, -3], [0, 5, 3], [0, -1, 3], [0, 2, 2]],
     "sparse_kind": ["", "l1", "Sigmoid"],
@@ -119,9 +129,10 @@ def tensors_of(arguments):
                 yield each
 
 
-# legal, though another argument would make them wrong: any batch; rows that only U knows of
+# legal, though another argument would make them wrong: any batch; rows that only U or E knows of
 ACCEPTED = {
     ("masked_linear", "x", "a vector"),
+    *(("embedding_mlp", "E", f"[{k}] {what}") for k in (0, 1) for what in ("taller", "shorter")),
     *(("sample", "U", f"[{k}] {what}") for k in (0, 1) for what in ("taller", "shorter")),
 }
 
@@ -162,7 +173,7 @@ def test_no_rows_and_rank_zero_do_not_end_the_process(missing):
 def without(missing, arguments):
     """The arguments with no rows, or with rank zero."""
     if missing == "rows":
-        for name in ("weight", "A", "U", "weight_init"):
+        for name in ("weight", "A", "U", "weight_init", "E"):
             if name in arguments:
                 arguments[name] = [t[:0] for t in arguments[name]]
         if isinstance(arguments.get("bits"), list):

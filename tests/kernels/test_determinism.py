@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from corruptions import make_mlp
 from oracle import make_problem, run
 from test_reference import committed
 
-from stamina_kernels import backends, commit, compose, fold_, sample_mask
+from stamina_kernels import backends, commit, compose, embedding_mlp, fold_, sample_mask
 
 if backends()["cpu"] is not None:
     pytest.skip(f"backend 'cpu': {backends()['cpu']}", allow_module_level=True)
@@ -56,7 +57,21 @@ def everything(problem, hard=False):
         for p in problem.group
     ]
     fold_(weights, [p.weight for p in problem.group], adapters, backend="cpu")
-    return results + weights + [t for a in adapters for c in a for t in (c.A, c.B, c.bits)]
+    results += weights + [t for a in adapters for c in a for t in (c.A, c.B, c.bits)]
+    return results + factors(problem)
+
+
+def factors(problem):
+    """What MLPs of the problem's sizes compute, and their gradients."""
+    mlps = [
+        make_mlp(side, p.U.shape[1], 32, p.U.shape[1], transposed=side == p.V.shape[1], seed=k)
+        for k, p in enumerate(problem.group)
+        for side in (p.U.shape[0], p.V.shape[1])
+    ]
+    leaves = [t.requires_grad_() for mlp in mlps for t in mlp[:5]]
+    outputs = embedding_mlp(mlps, backend="cpu")
+    gradients = torch.autograd.grad([y.square().sum() for y in outputs], leaves)
+    return [y.detach() for y in outputs] + list(gradients)
 
 
 def assert_equal(results, expected):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from corruptions import make_mlp
 from oracle import assert_as_accurate
+from paths import ALL, forced
 from torch.library import opcheck
 
 from stamina_kernels import EmbeddingMLP, backends, embedding_mlp
@@ -14,12 +15,17 @@ FIELDS = ("E", "W1", "b1", "W2", "b2")
 ON_GPU = torch.cuda.is_available()
 
 
-@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
+@pytest.fixture(params=["reference", *ALL, "triton", "cuda"])
 def backend(request):
+    """A backend; of `cpu`, one for every instruction set."""
+    if request.param in ALL:
+        with forced(request.param):
+            yield "cpu"
+        return
     reason = backends()[request.param]
     if reason is not None:
         pytest.skip(f"backend {request.param!r}: {reason}")
-    return request.param
+    yield request.param
 
 
 def device_of(backend):
