@@ -94,7 +94,7 @@ tests() {
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 12)
   "$python" -c 'import diffusers' 2>/dev/null && files+=(tests/adapters/test_unet_on_gpu.py)
   # shellcheck disable=SC2086 # no word where there is nothing
-  "$python" -m pytest -q -m "not aot" -k "gpu or test_triton" $collect "${workers[@]}" "${files[@]}"
+  "$python" -m pytest -q -m "not aot" -k "gpu or test_triton or embedding_mlp" $collect "${workers[@]}" "${files[@]}"
 }
 
 suite() {

@@ -5,7 +5,8 @@ The functions are those of `reference.py`, which defines them. The library `_cud
 first use through its C interface (`csrc/cuda/interface.h`), needs no driver to load, and launches
 on torch's current stream. sample, compose, masked_linear's W_eff with its bits and statistics, and
 fold_ are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are the vendor's; the
-contraction of the factors' gradients is backend `triton`'s, which the backward therefore needs.
+contraction of the factors' gradients is backend `triton`'s, which the backward therefore needs, and
+the MLPs of the masks' factors are too.
 """
 
 import logging

@@ -93,8 +93,9 @@ def mlp_kernel(
         )
         b_out = tl.dot(b_active, b_weight, input_precision="ieee")
         b_out += tl.load(p_bias + start + o_out, mask=m_out, other=0.0)[None, :]
-        o_tile = o_row[:, None] * row_stride + (start + o_out)[None, :] * col_stride
-        tl.store(p_tile + o_tile, b_out, mask=m_row[:, None] & m_out[None, :])
+        o_tile = o_row[:, None] * row_stride + o_out[None, :] * col_stride
+        p_step = p_tile + start * tl.cast(col_stride, tl.int64)
+        tl.store(p_step + o_tile, b_out, mask=m_row[:, None] & m_out[None, :])
 
 
 @triton.jit
@@ -126,7 +127,13 @@ def mlp_backward_kernel(
     for start in range(0, out, BR):
         o_out, m_out = tile.span(start, out, BR)
         b_dout = matrix_tile(
-            p_dout + start * col_stride, o_row, m_row, o_out, m_out, row_stride, col_stride
+            p_dout + start * tl.cast(col_stride, tl.int64),
+            o_row,
+            m_row,
+            o_out,
+            m_out,
+            row_stride,
+            col_stride,
         )
         b_weight = matrix_tile(
             p_weight2 + start * hidden, o_out, m_out, o_hidden, m_hidden, hidden, 1
