@@ -190,7 +190,8 @@ def embedding_mlp(mlps: Sequence[EmbeddingMLP], *, backend: str | None = None) -
     Serves the factors of the mask logits: those of a whole group of projections in one launch, in
     the layout that `masked_linear` takes. E [n, d], W1 [h, d], b1 [h], W2 [m, h], b2 [m] are fp32;
     d and m are at most 256, h at most 32. Differentiable in all of them; nothing but them is saved
-    for the backward, which forms the hidden layer again. Autocast has no effect.
+    for the backward, which forms the hidden layer again; strided ones are copied first. Autocast
+    has no effect.
 
     Raises ValueError or TypeError naming the argument; RuntimeError where the backend cannot run.
     """

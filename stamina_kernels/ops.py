@@ -3,8 +3,8 @@
 
 Each is declared once. Its only implementation looks the backend up by the name that the wrapper in
 `functional.py` resolved; `reference.py` defines what it computes and the meaning of every argument.
-Forward and backward are separate operations, so that `torch.compile` sees both, and nothing but the
-packed bits is saved between them.
+Forward and backward are separate operations, so that `torch.compile` sees both; between them
+nothing is saved but inputs and the packed bits.
 """
 
 import logging

@@ -129,11 +129,12 @@ class MlpBlock {
 
   static F sigmoid(F z) { return reciprocal(add(set(1.0f), exp_negative(z))); }
 
+  // A block's sum is added as a whole: a long sum is a sum of short chains.
   static void add_rows(const float* from, int rows, int64_t stride, float* sums) {
-    for (int i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < stride; j += kWidth) {
-        store(sums + j, add(load(sums + j), load(from + i * stride + j)));
-      }
+    for (int64_t j = 0; j < stride; j += kWidth) {
+      F block = set(0.0f);
+      for (int i = 0; i < rows; ++i) block = add(block, load(from + i * stride + j));
+      store(sums + j, add(load(sums + j), block));
     }
   }
   static void pad(const float* from, int rows, int columns, float* to, int64_t stride) {

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from stamina_adapters.linear import has_foreign_forward
+from stamina_adapters.hooks import has_foreign_forward
 from stamina_adapters.models import ModelState, base_layer, find_state, pipeline_models
 from stamina_kernels.checks import FLOATS
 

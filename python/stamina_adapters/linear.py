@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stamina_adapters.config import StaminaConfig
+from stamina_adapters.hooks import has_foreign_forward, has_hooks
 from stamina_adapters.masks import Factors, make_mask_generator, mask_factors
 from stamina_kernels import CommittedAdapter, MaskedProjection, commit, masked_linear
 
@@ -46,12 +47,6 @@ def keep_dtype(
         return tensor.to(moved.device)
 
     return apply
-
-
-def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether something (offloading, layerwise casting) took the module's forward over."""
-    forward = vars(module).get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -269,25 +264,12 @@ def _project_group(layers: Sequence[StaminaLinear], x: Tensor) -> tuple[Tensor, 
     return cast(Tensor, y).split([layer.out_features for layer in layers], dim=-1)
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    # offloading brings the weights in from a hook on the layer's own forward
-    return bool(
-        hasattr(layer, "_hf_hook")
-        or hasattr(layer, "_diffusers_hook")
-        or has_foreign_forward(layer)
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
-
-
 def _shares_launch(layer: nn.Module, first: nn.Module) -> bool:
     return (
         isinstance(layer, StaminaLinear)
         and isinstance(first, StaminaLinear)
         and layer.active
-        and not _has_hooks(layer)
+        and not has_hooks(layer)
         and _fits_group(layer, first)
     )
 
@@ -320,9 +302,9 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 
 def changes_together(layers: Sequence[StaminaLinear], x: Tensor) -> list[Tensor]:
-    """x D^T [..., O] of every layer, what adapters add to outputs, in as few launches as fit.
+    """x D^T [..., O] of every layer, what its adapter adds to the output.
 
-    The backward adds no penalty.
+    Neighbours that fit into a group share a launch. The backward adds no penalty.
     """
     groups: list[list[StaminaLinear]] = []
     for layer in layers:

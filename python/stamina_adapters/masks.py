@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import stamina_kernels as kernels
 from stamina_adapters.config import StaminaConfig
+from stamina_adapters.hooks import has_hooks
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -83,8 +84,8 @@ class EmbeddingMLP(nn.Module):
         inputs = (self.embedding, self.weight1, self.bias1, self.weight2, self.bias2)
         return kernels.EmbeddingMLP(*inputs, transposed)
 
-    def forward(self) -> Tensor:
-        return kernels.embedding_mlp([self.weights()])[0]
+    def forward(self, transposed: bool = False) -> Tensor:
+        return kernels.embedding_mlp([self.weights(transposed)])[0]
 
 
 class EmbeddingMLPFactors(MaskGenerator):
@@ -104,8 +105,7 @@ class EmbeddingMLPFactors(MaskGenerator):
         return [self.row_mlp.weights(), self.column_mlp.weights(transposed=True)]
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        U, V = kernels.embedding_mlp(self.mlps())
-        return U, V
+        return self.row_mlp(), self.column_mlp(transposed=True)
 
 
 class ConstantMLP(nn.Module):
@@ -159,9 +159,13 @@ def make_mask_generator(
 
 
 def mask_factors(masks: Sequence[nn.Module]) -> list[Factors]:
-    """U, V and b of every generator; those that are MLPs over embeddings share one launch."""
-    embedded = [mask for mask in masks if type(mask) is EmbeddingMLPFactors]
-    if len(embedded) < len(masks):
+    """U, V and b of every generator, in one launch where all are MLPs over embeddings."""
+    plain = [mask for mask in masks if type(mask) is EmbeddingMLPFactors and _is_plain(mask)]
+    if len(plain) < len(masks):
         return [mask() for mask in masks]
-    outputs = iter(kernels.embedding_mlp([mlp for mask in embedded for mlp in mask.mlps()]))
-    return [(U, V, mask.b) for mask, U, V in zip(embedded, outputs, outputs, strict=True)]
+    outputs = iter(kernels.embedding_mlp([mlp for mask in plain for mlp in mask.mlps()]))
+    return [(U, V, mask.b) for mask, U, V in zip(plain, outputs, outputs, strict=True)]
+
+
+def _is_plain(mask: EmbeddingMLPFactors) -> bool:
+    return not any(map(has_hooks, (mask, mask.row_mlp, mask.column_mlp)))

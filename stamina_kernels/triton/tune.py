@@ -33,12 +33,12 @@ from stamina_kernels import (
     masked_linear,
     sample_mask,
 )
+from stamina_kernels.checks import MAX_HIDDEN
 from stamina_kernels.triton import config
 
 Run = Callable[[], Sequence[Tensor]]
 _SHAPES = {"rows": 1280, "columns": 2048, "tokens": 154, "rank": 16}
 _CONCEPTS = 10
-_HIDDEN = 32  # of the MLPs that make a mask's factors
 _PRODUCT_EPS = 2.0**-16  # of the products of fp32 factors where W has 16 bits: `dot_precision`
 
 
@@ -101,8 +101,8 @@ def _mlps(device: torch.device, shapes: dict[str, int]) -> Run:
 
     mlps = [
         EmbeddingMLP(
-            normal(shapes[side], rank), normal(_HIDDEN, rank), normal(_HIDDEN),
-            normal(rank, _HIDDEN), normal(rank), transposed=side == "columns",
+            normal(shapes[side], rank), normal(MAX_HIDDEN, rank), normal(MAX_HIDDEN),
+            normal(rank, MAX_HIDDEN), normal(rank), transposed=side == "columns",
         )
         for side in ("rows", "columns") * 2
     ]  # fmt: skip

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from stamina_kernels.checks import MAX_HIDDEN
 from stamina_kernels.triton import config
 from stamina_kernels.triton.backward import backward_kernel
 from stamina_kernels.triton.composition import compose_kernel, sample_compose_kernel
@@ -45,7 +46,6 @@ BUDGET = Budget(
     {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10, "gfx942": 64 << 10},
 )
 RANK = 16
-HIDDEN = 32  # of the masks' MLPs
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)")
 SPILL = re.compile(r"\b(STL|LDL|scratch_(?:load|store)\w*)")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,7 +67,7 @@ def cases() -> Iterator[Case]:
     mask = {"HARD": False, "QUADS": True, "BM": step}
     statistics = {"RELU": False, "HAS_INITIAL": True}
     yield Case("sample", sample_kernel, torch.float32, mask, table["sample"])
-    sizes = {"BH": config.rank_step(HIDDEN), "BR": RANK_STEP}
+    sizes = {"BH": config.rank_step(MAX_HIDDEN), "BR": RANK_STEP}
     yield Case("mlp", mlp_kernel, torch.float32, sizes, table["mlp"])
     yield Case("mlp_backward", mlp_backward_kernel, torch.float32, sizes, table["mlp"])
     for dtype in DTYPES:

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from stamina_kernels.checks import MAX_HIDDEN  # noqa: E402
 from stamina_kernels.triton import config, tune  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,6 +59,10 @@ def test_tables_hold_what_kernels_can_take():
             assert candidate.keys() <= options.keys(), kernel
             assert candidate.get("BI", 32) % 32 == 0, kernel
             assert all(candidate.get(side, 16) >= 16 for side in ("BO", "BN")), kernel
+
+
+def test_a_hidden_layer_is_one_tile():
+    assert MAX_HIDDEN <= config.MAX_RANK_STEP
 
 
 @pytest.mark.parametrize("kernel", config.default_table())
