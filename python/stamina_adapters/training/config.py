@@ -57,7 +57,7 @@ class TrainingConfig(BaseModel):
         10.0, ge=0, description="eta: how much less B moves where earlier prompts are; 0: no less"
     )
     sparse_weight: float = Field(1.0, ge=0, description="mu of the density hinges; 0: none")
-    target_density: float = Field(0.25, gt=0, lt=1, description="density the masks come down to")
+    target_density: float = Field(0.5, gt=0, lt=1, description="density the masks come down to")
     min_density: float = Field(0.15, ge=0, lt=1, description="density they are kept above")
     sparse_start: float = Field(
         0.1, ge=0, le=1, description="part of the steps after which the target comes down"
