@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stamina_kernels import reference
+from stamina_kernels.reference import Tensors
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
 
@@ -138,12 +139,7 @@ def masked_linear_backward(
 
 
 def embedding_mlp(
-    E: Sequence[Tensor],
-    W1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    W2: Sequence[Tensor],
-    b2: Sequence[Tensor],
-    transposed: Sequence[bool],
+    E: Tensors, W1: Tensors, b1: Tensors, W2: Tensors, b2: Tensors, transposed: Sequence[bool]
 ) -> Tensor:
     """Y of every MLP, or Y^T where it is `transposed`: flat, one after another."""
     flat: Tensor = _library().embedding_mlp.default(E, W1, b1, W2, b2, transposed)
@@ -151,14 +147,9 @@ def embedding_mlp(
 
 
 def embedding_mlp_backward(
-    dY: Sequence[Tensor],
-    E: Sequence[Tensor],
-    W1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    W2: Sequence[Tensor],
-    b2: Sequence[Tensor],
+    dY: Tensors, E: Tensors, W1: Tensors, b1: Tensors, W2: Tensors, b2: Tensors,
     transposed: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dE of every MLP, and dW1, db1, dW2, db2 of every MLP: flat, one after another."""
     gradients: tuple[Tensor, Tensor] = _library().embedding_mlp_backward.default(
         [d.contiguous() for d in dY], E, W1, b1, W2, b2, transposed

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from stamina_kernels.philox import uniform
 
+Tensors = Sequence[Tensor]
 _BLOCK_ELEMENTS = 1 << 20
 _BIT_VALUES = [1 << k for k in range(31)] + [-(1 << 31)]
 
@@ -279,12 +280,7 @@ def masked_linear_backward(
 
 
 def embedding_mlp(
-    E: Sequence[Tensor],
-    W1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    W2: Sequence[Tensor],
-    b2: Sequence[Tensor],
-    transposed: Sequence[bool],
+    E: Tensors, W1: Tensors, b1: Tensors, W2: Tensors, b2: Tensors, transposed: Sequence[bool]
 ) -> Tensor:
     """Y [n, m] of every MLP, or Y^T [m, n] where it is `transposed`: flat, one after another."""
     sizes = [e.shape[0] * w.shape[0] for e, w in zip(E, W2, strict=True)]
@@ -300,14 +296,9 @@ def embedding_mlp(
 
 
 def embedding_mlp_backward(
-    dY: Sequence[Tensor],
-    E: Sequence[Tensor],
-    W1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    W2: Sequence[Tensor],
-    b2: Sequence[Tensor],
+    dY: Tensors, E: Tensors, W1: Tensors, b1: Tensors, W2: Tensors, b2: Tensors,
     transposed: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dE of every MLP, and dW1, db1, dW2, db2 of every MLP: flat, one after another."""
     dE, parameters = [], []
     for dy, e, w1, c1, w2, flipped in zip(dY, E, W1, b1, W2, transposed, strict=True):

@@ -8,9 +8,9 @@
 namespace stamina::STAMINA_ISA {
 namespace {
 
-class MlpBlock {
+class MlpPass {
  public:
-  explicit MlpBlock(const Mlp& mlp)
+  explicit MlpPass(const Mlp& mlp)
       : mlp_(mlp),
         width_(padded_rank(mlp.width)),
         hidden_(padded_rank(mlp.hidden)),
@@ -163,8 +163,8 @@ class MlpBlock {
   float *weight1_transposed_, *bias1_, *linear_, *active_, *outputs_;
 };
 
-void mlp_forward(const Mlp& mlp) { MlpBlock(mlp).forward(); }
-void mlp_backward(const Mlp& mlp) { MlpBlock(mlp).backward(); }
+void mlp_forward(const Mlp& mlp) { MlpPass(mlp).forward(); }
+void mlp_backward(const Mlp& mlp) { MlpPass(mlp).backward(); }
 
 }  // namespace
 }  // namespace stamina::STAMINA_ISA

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """embedding_mlp and its backward; `stamina_kernels/reference.py` defines what they compute."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stamina_kernels.triton.config import ceil_div, launch_options, rank_step
+from stamina_kernels.reference import Tensors
+from stamina_kernels.triton.config import launch_options, rank_step
 from stamina_kernels.triton.group import device_table
-from stamina_kernels.triton.launch import Tiles, on, options, tile_list
+from stamina_kernels.triton.launch import Tiles, on, options, part_maker, tile_list
 from stamina_kernels.triton.mlp import mlp_backward_kernel, mlp_kernel
 
 # The step over width and outputs: with 32, the backward's products fill the registers.
@@ -24,7 +25,7 @@ class _Launch(NamedTuple):
     parameters: int  # elements of all W1, b1, W2 and b2
     table: Tensor
     tiles: Tiles
-    same_height: bool  # whether every MLP has as many tiles
+    make_parts: Callable[..., Tensor]
     constants: dict[str, Any]
 
 
@@ -33,12 +34,7 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def _launch(
-    E: Sequence[Tensor],
-    W1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    W2: Sequence[Tensor],
-    b2: Sequence[Tensor],
-    transposed: Sequence[bool],
+    E: Tensors, W1: Tensors, b1: Tensors, W2: Tensors, b2: Tensors, transposed: Sequence[bool]
 ) -> _Launch:
     device = E[0].device
     counts, widths = [e.shape[0] for e in E], [e.shape[1] for e in E]
@@ -59,18 +55,13 @@ def _launch(
         parameters=sum(parameters),
         table=device_table(tuple(rows), device),
         tiles=tile_list([(n, 1) for n in counts], height, 1, device),
-        same_height=len({ceil_div(n, height) for n in counts}) == 1,
+        make_parts=part_maker(counts, height),
         constants=launch_options(entry) | {"BH": rank_step(max(hiddens)), "BR": RANK_STEP},
     )
 
 
 def embedding_mlp(
-    E: Sequence[Tensor],
-    W1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    W2: Sequence[Tensor],
-    b2: Sequence[Tensor],
-    transposed: Sequence[bool],
+    E: Tensors, W1: Tensors, b1: Tensors, W2: Tensors, b2: Tensors, transposed: Sequence[bool]
 ) -> Tensor:
     """Y [n, m] of every MLP, or Y^T [m, n] where it is `transposed`: flat, one after another."""
     launch = _launch(E, W1, b1, W2, b2, transposed)
@@ -83,22 +74,15 @@ def embedding_mlp(
 
 
 def embedding_mlp_backward(
-    dY: Sequence[Tensor],
-    E: Sequence[Tensor],
-    W1: Sequence[Tensor],
-    b1: Sequence[Tensor],
-    W2: Sequence[Tensor],
-    b2: Sequence[Tensor],
+    dY: Tensors, E: Tensors, W1: Tensors, b1: Tensors, W2: Tensors, b2: Tensors,
     transposed: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dE of every MLP, and dW1, db1, dW2, db2 of every MLP: flat, one after another."""
     launch = _launch(E, W1, b1, W2, b2, transposed)
     device, size = E[0].device, launch.parameters
     dout = torch.cat([d.reshape(-1) for d in dY])
     dembedding = torch.empty(sum(e.numel() for e in E), device=device)
-    # tiles that a shorter MLP lacks must add nothing
-    make = torch.empty if launch.same_height else torch.zeros
-    parts = make(launch.tiles.most, size, device=device)
+    parts = launch.make_parts(launch.tiles.most, size, device=device)
     with on(device):
         mlp_backward_kernel[(launch.tiles.number,)](
             launch.tiles.table, launch.table, dout, dembedding, parts, size, **launch.constants

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every launch needs: the device, its options, the tiles that exist, how many programs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -69,6 +69,12 @@ def _tile_table(counts: tuple[int, ...], device: torch.device) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(len(counts)), lengths)
     number = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
     return torch.stack([owner, number], 1).to(device, torch.int32)
+
+
+def part_maker(heights: Sequence[int], step: int) -> Callable[..., Tensor]:
+    """torch.empty for what every tile writes a part of; zeros where some matrix has fewer rows of
+    tiles than another: parts are added up later, and those that it lacks must add nothing."""
+    return torch.empty if len({ceil_div(h, step) for h in heights}) == 1 else torch.zeros
 
 
 @cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The six operations of the backend; `stamina_kernels/reference.py` defines what they compute.
+"""The six operations on projections; `stamina_kernels/reference.py` defines what they compute.
 
 masked_linear draws the bits of the whole group in one launch. By the strategy that
 `stamina_kernels/cost.py` chooses, the same launch also writes W_eff and Y = X W_eff^T is left to
@@ -8,7 +8,7 @@ W_eff is a transient: the backward composes it from the bits for dX. Reductions 
 parts in a fixed order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from stamina_kernels.triton.launch import (
     mask_options,
     on,
     options,
+    part_maker,
     programs,
     refuse_interpreted_bfloat16,
     tile_list,
@@ -38,15 +39,6 @@ from stamina_kernels.triton.mask import sample_kernel
 
 def _words(columns: int) -> int:
     return ceil_div(columns, 32)
-
-
-def _parts(group: Group, entry: dict[str, int]) -> Callable[..., Tensor]:
-    """torch.empty for what every tile writes a part of; zeros where members have fewer than most.
-
-    Parts are added up later, and those of tiles that a shorter member lacks must add nothing.
-    """
-    heights = {ceil_div(o, entry["BO"]) for o in group.rows}
-    return torch.empty if len(heights) == 1 else torch.zeros
 
 
 def _tiles(rows: Sequence[int], columns: int, entry: dict[str, int], device: torch.device) -> Tiles:
@@ -163,7 +155,7 @@ def masked_linear(
     bits = torch.empty(rows, _words(columns), dtype=torch.int32, device=x.device)
     entry = options("statistics" if effective is None else "sample_compose", x.device)
     most = _tiles(group.rows, columns, entry, x.device).most
-    parts = _parts(group, entry)
+    parts = part_maker(group.rows, entry["BO"])
     sums = parts(2, n, most, device=x.device)
     counts = parts(n, 2, most, dtype=torch.int32, device=x.device)
     if not weight_init:  # nothing is added to what W shares with earlier concepts
@@ -267,7 +259,7 @@ def masked_linear_backward(
     entry = options(config.kernel_name("backward", x.dtype), x.device)
     largest = max(*group.ranks, *group.mask_ranks)
     passes = ceil_div(largest, rank_step(largest))
-    parts = _parts(group, entry)
+    parts = part_maker(group.rows, entry["BO"])
     left_parts = torch.empty(ceil_div(group.columns, entry["BI"]), group.left_size, device=x.device)
     right_parts = parts(ceil_div(max(group.rows), entry["BO"]), group.right_size, device=x.device)
     most = len(left_parts) * len(right_parts)

@@ -9,12 +9,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from corruptions import make_mlp
 from oracle import FACTORS, assert_as_accurate, make_problem, oracle, product_eps, run
 from test_mask_agreement import assert_only_the_threshold_differs
 from test_reference import committed, dense_delta
 from test_triton import mixed_group, on_device
 
-from stamina_kernels import commit, compose, cuda, fold_, masked_linear, sample_mask, unpack_bits
+from stamina_kernels import (
+    EmbeddingMLP,
+    commit,
+    compose,
+    cuda,
+    embedding_mlp,
+    fold_,
+    masked_linear,
+    sample_mask,
+    triton,
+    unpack_bits,
+)
 from stamina_kernels.reference import pack_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -243,3 +255,23 @@ def test_graph_capture():
         expected = forward()
     for got, again in zip(captured, expected, strict=True):
         assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_mlps_are_tritons_or_where_it_cannot_run_the_references(
+    cuda_device, monkeypatch, caplog, name
+):
+    if name == "reference":
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: "not today")
+    # what was found before is remembered
+    monkeypatch.setattr(cuda, "_triton_or_reference", cuda._triton_or_reference.__wrapped__)
+    mlp = make_mlp(37, 5, 9, 4, transposed=True)
+    given = EmbeddingMLP(*(t.to(cuda_device).requires_grad_() for t in mlp[:5]), mlp.transposed)
+    caplog.set_level("INFO", "stamina_kernels.cuda")
+    results = {}
+    for backend in ("cuda", name):
+        (y,) = embedding_mlp([given], backend=backend)
+        results[backend] = [y, *torch.autograd.grad(y.square().sum(), given[:5])]
+    for got, wanted in zip(results["cuda"], results[name], strict=True):
+        assert torch.equal(got, wanted)
+    assert f"of backend 'cuda' is that of {name!r}" in caplog.text
