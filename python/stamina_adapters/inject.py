@@ -160,10 +160,10 @@ def stamina_parameters(pipe_or_module: Any) -> dict[str, list[nn.Parameter]]:
 
 
 def _fill(layers: dict[str, StaminaLinear], name: str, value: float) -> None:
-    with torch.no_grad():
-        for layer in layers.values():
-            buffer: Tensor = getattr(layer, name)
-            buffer.fill_(value)
+    buffers: list[Tensor] = [getattr(layer, name) for layer in layers.values()]
+    with torch.no_grad():  # two launches, however many layers
+        torch._foreach_zero_(buffers)
+        torch._foreach_add_(buffers, value)
 
 
 def set_stamina_step(pipe_or_module: Any, step: int) -> None:

@@ -18,7 +18,7 @@ from stamina_kernels import CommittedAdapter, MaskedProjection, commit, masked_l
 WEIGHT_INIT = "stamina_weight_init"
 _SCALARS = ("seed", "step", "scale", "tau", "forget_weight", "sparse_weight")
 _PLAIN = ("adapter", "active", "hard")
-_MOST_WEIGHTS = 1 << 24  # of one launch of many layers: their W_eff is held while it lasts
+_MOST_WEIGHTS = 1 << 26  # of one launch of many layers: their W_eff is held while it lasts
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class StaminaLinear(nn.Linear):
         """x [..., I] -> [..., O]."""
         if not self.active:
             return super().forward(x)
-        return _project_group([self], x)[0]
+        return project_group([self], x)[0]
 
     def set_preconditioner(self, C: Tensor) -> None:
         """Train B' of B = B' C from here on, C [I, I] in fp32, which is not copied.
@@ -250,7 +250,8 @@ def _operator(layers: Sequence[StaminaLinear], x: Tensor) -> Any:
     )
 
 
-def _project_group(layers: Sequence[StaminaLinear], x: Tensor) -> tuple[Tensor, ...]:
+def project_group(layers: Sequence[StaminaLinear], x: Tensor) -> tuple[Tensor, ...]:
+    """[layer(x) for layer in layers] of layers that fit into one group, in one launch."""
     output = _operator(layers, x)
     y = _AttachPenalties.apply(
         output.y,
@@ -264,14 +265,10 @@ def _project_group(layers: Sequence[StaminaLinear], x: Tensor) -> tuple[Tensor, 
     return cast(Tensor, y).split([layer.out_features for layer in layers], dim=-1)
 
 
-def _shares_launch(layer: nn.Module, first: nn.Module) -> bool:
-    return (
-        isinstance(layer, StaminaLinear)
-        and isinstance(first, StaminaLinear)
-        and layer.active
-        and not has_hooks(layer)
-        and _fits_group(layer, first)
-    )
+def shares_launch(layer: nn.Module) -> bool:
+    """Whether `layer` may be computed in a group: layers that something else wraps, hooks or
+    offloads are called as they are."""
+    return isinstance(layer, StaminaLinear) and layer.active and not has_hooks(layer)
 
 
 def _fits_group(layer: StaminaLinear, first: StaminaLinear) -> bool:
@@ -285,27 +282,8 @@ def _fits_group(layer: StaminaLinear, first: StaminaLinear) -> bool:
     )
 
 
-def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-    """[layer(x) for layer in layers], the adapted ones among them in one launch.
-
-    Layers that something else wraps, hooks or offloads are called as they are.
-    """
-    first = next((layer for layer in layers if isinstance(layer, StaminaLinear)), None)
-    together = [layer for layer in layers if first is not None and _shares_launch(layer, first)]
-    if len(together) < 2:
-        return [layer(x) for layer in layers]
-    outputs = iter(_project_group(cast(Sequence[StaminaLinear], together), x))
-    return [
-        next(outputs) if any(layer is member for member in together) else layer(x)
-        for layer in layers
-    ]
-
-
-def changes_together(layers: Sequence[StaminaLinear], x: Tensor) -> list[Tensor]:
-    """x D^T [..., O] of every layer, what its adapter adds to the output.
-
-    Neighbours that fit into a group share a launch. The backward adds no penalty.
-    """
+def launch_groups(layers: Sequence[StaminaLinear]) -> list[list[StaminaLinear]]:
+    """`layers` in order, neighbours that the operator takes in one group together."""
     groups: list[list[StaminaLinear]] = []
     for layer in layers:
         weights = layer.weight.numel() + sum(m.weight.numel() for m in groups[-1]) if groups else 0
@@ -313,8 +291,33 @@ def changes_together(layers: Sequence[StaminaLinear], x: Tensor) -> list[Tensor]
             groups[-1].append(layer)
         else:
             groups.append([layer])
+    return groups
+
+
+def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """[layer(x) for layer in layers], the adapted ones among them in one launch.
+
+    Layers that something else wraps, hooks or offloads are called as they are.
+    """
+    first = next((layer for layer in layers if isinstance(layer, StaminaLinear)), None)
+    together = [
+        cast(StaminaLinear, layer)
+        for layer in layers
+        if first is not None and shares_launch(layer) and _fits_group(layer, first)  # type: ignore[arg-type]
+    ]
+    if len(together) < 2:
+        return [layer(x) for layer in layers]
+    outputs = dict(zip(together, project_group(together, x), strict=True))
+    return [outputs[layer] if layer in outputs else layer(x) for layer in layers]  # type: ignore[index]
+
+
+def changes_together(layers: Sequence[StaminaLinear], x: Tensor) -> list[Tensor]:
+    """x D^T [..., O] of every layer, what its adapter adds to the output.
+
+    Neighbours that fit into a group share a launch. The backward adds no penalty.
+    """
     changes: list[Tensor] = []
-    for group in groups:
+    for group in launch_groups(layers):
         outputs = _operator(group, x).y.split([layer.out_features for layer in group], dim=-1)
         changes += [
             y - F.linear(x, layer.weight, layer.bias)

@@ -46,6 +46,7 @@ class ModelState:
     enabled: bool = True
     scale_hook: RemovableHandle | None = None
     replaced_processors: dict[str, Any] = field(default_factory=dict)
+    sharing_hooks: list[RemovableHandle] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:

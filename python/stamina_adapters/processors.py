@@ -9,14 +9,19 @@ from torch.nn import functional as F
 
 from stamina_adapters.linear import project_together
 from stamina_adapters.models import ModelState, adapted_model, find_state, keep_state
+from stamina_adapters.sharing import SharedProjections
 
 
 class StaminaAttnProcessor2_0:
     """`AttnProcessor2_0` of diffusers, with K and V (self-attention: Q, K and V) in one launch.
 
     Holds no weights: losing it loses speed, never an adapter. Layers that are not `StaminaLinear`
-    are called as they are. For the `Attention` class of diffusers' UNets.
+    are called as they are. For the `Attention` class of diffusers' UNets. Processors of one model
+    with a common `shared` have K and V of all their cross-attention layers computed at its entry.
     """
+
+    def __init__(self, shared: SharedProjections | None = None) -> None:
+        self.shared = shared
 
     def __call__(
         self,
@@ -58,14 +63,14 @@ class StaminaAttnProcessor2_0:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
-    @staticmethod
-    def _project(attn: Any, hidden_states: Tensor, encoded: Tensor | None) -> list[Tensor]:
+    def _project(self, attn: Any, hidden_states: Tensor, encoded: Tensor | None) -> list[Tensor]:
         if encoded is None:
             return project_together([attn.to_q, attn.to_k, attn.to_v], hidden_states)
         if attn.norm_cross:
             encoded = attn.norm_encoder_hidden_states(encoded)
         query = attn.to_q(hidden_states)
-        return [query, *project_together([attn.to_k, attn.to_v], encoded)]
+        together = project_together if self.shared is None else self.shared.project
+        return [query, *together([attn.to_k, attn.to_v], encoded)]
 
     def _attend(
         self, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -81,9 +86,10 @@ class StaminaXFormersAttnProcessor(StaminaAttnProcessor2_0):
     attention_op is xformers' operator, None lets it choose. Raises ImportError without xformers.
     """
 
-    def __init__(self, attention_op: Any = None) -> None:
+    def __init__(self, attention_op: Any = None, shared: SharedProjections | None = None) -> None:
         import xformers.ops
 
+        super().__init__(shared)
         self.attention_op = attention_op
         self._attention: Callable[..., Tensor] = xformers.ops.memory_efficient_attention
 
@@ -110,8 +116,12 @@ def _stamina_processor(processor: Any) -> Any:
     return None
 
 
-def set_stamina_attn_processor(pipe_or_unet: Any) -> list[str]:
+def set_stamina_attn_processor(pipe_or_unet: Any, *, share: bool = True) -> list[str]:
     """Put our processors where diffusers' default or xFormers processor is; returns those names.
+
+    share: K and V of all cross-attention layers are computed together where the model is entered.
+    Turn it off where something other than diffusers' gradient checkpointing, which is looked for,
+    runs parts of the model again for the backward.
 
     Other processors (IP-Adapter, slicing) stay: adapters work under them, one launch per layer.
     `unload_stamina` puts the replaced ones back. Raises TypeError for a model without processors,
@@ -132,12 +142,34 @@ def set_stamina_attn_processor(pipe_or_unet: Any) -> list[str]:
     model.set_attn_processor({name: ours[name] or p for name, p in processors.items()})
     state = find_state(model) or ModelState()
     state.replaced_processors.update(replaced)
+    if share:
+        _share(model, state)
     keep_state(model, state)
     return list(replaced)
 
 
+def _share(model: Any, state: ModelState) -> None:
+    attentions = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "processor", None), StaminaAttnProcessor2_0)
+    ]
+    shared = SharedProjections(model, attentions)
+    for attention in attentions:
+        attention.processor.shared = shared
+    _stop_sharing(state)
+    state.sharing_hooks = shared.hook(model)
+
+
+def _stop_sharing(state: ModelState) -> None:
+    for handle in state.sharing_hooks:
+        handle.remove()
+    state.sharing_hooks = []
+
+
 def restore_processors(model: Any, state: ModelState) -> None:
     """Undo `set_stamina_attn_processor` where its processors are still in place."""
+    _stop_sharing(state)
     if state.replaced_processors:
         processors = {
             name: state.replaced_processors.get(name, processor)
