@@ -4,72 +4,22 @@
 //
 // A block of four warps serves a task: up to 128 rows x 128 columns of one member, 32 rows at a
 // time. The strips of A, B, U and V that it needs are copied into shared memory once (ranks above
-// 16: again for every 32 rows). L is a chain of fp32 multiply-adds, because its rounding decides
-// bits. P is the same chain where W_eff is fp32, and three tf32 products on the matrix units where
-// it has 16 bits. These products are far too thin (rank 16) to bind the matrix units: wgmma, which
-// reads operands from shared memory to feed them faster, would only add waiting.
+// 16: again for every 32 rows). From bits, memory binds: W travels through shared memory two tiles
+// ahead. Where the mask is drawn, instructions bind: W and W_init are only called into L2. L is a
+// chain of fp32 multiply-adds, because its rounding decides bits. P is the same chain where W_eff
+// is fp32, and three tf32 products on the matrix units where it has 16 bits. These products are far
+// too thin (rank 16) to bind the matrix units: wgmma, which reads operands from shared memory to
+// feed them faster, would only add waiting.
 #pragma once
 
-#include "statistics.cuh"
-#include "tile.cuh"
+#include "mask.cuh"
 
 namespace stamina::cuda {
 
-constexpr int kComposeThreads = 128;
 constexpr int kComposeBlocks =
     4;  // on a multiprocessor at a time, at least: 128 registers a thread
-constexpr int kTaskRows = 128;
-constexpr int kTileRows = 32;
-constexpr int kLaneRows = kTileRows / 8;
 
-struct Member {
-  const void *weight, *initial;  // initial: null where there is none
-  const float *A, *B, *U, *V, *b;
-  int64_t first_row;  // in the stacked outputs
-  int64_t col0;
-  uint32_t row0, layer_id;
-  int32_t rows, rank, mask_rank, first_task;
-  DType dtype;
-};
-
-// What one launch serves, passed by value: no table to copy, and a CUDA graph keeps its own. 4 KiB
-// of parameters hold the 32 cross-attention K and V of a Stable Diffusion 1.5.
-constexpr int kMaxMembers = 38;
-
-struct Group {
-  int64_t in_features;
-  int32_t members, task_rows, column_tasks;
-  bool hard, relu;
-  const int64_t *seed, *step;
-  const float* scale;
-  uint8_t* bits;
-  void* effective;
-  Sums* partials;  // one per task
-  Member member[kMaxMembers];
-};
-static_assert(sizeof(Group) <= 4096 - 64, "kernel parameters, with those of statistics_kernel");
-
-struct Task {
-  int member, row, rows;  // rows of the task
-  int column, columns;
-};
-
-__device__ inline Task task_of(const Group& group, int block) {
-  Task task{0, 0, 0, 0, 0};
-  while (task.member + 1 < group.members && group.member[task.member + 1].first_task <= block) {
-    ++task.member;
-  }
-  const Member& member = group.member[task.member];
-  const int index = block - member.first_task;
-  task.row = index / group.column_tasks * group.task_rows;
-  task.column = index % group.column_tasks * kBlockColumns;
-  task.rows = member.rows - task.row < group.task_rows ? member.rows - task.row : group.task_rows;
-  const int64_t columns = group.in_features - task.column;
-  task.columns = columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns;
-  return task;
-}
-
-using ComposeCopies = Copies<kComposeThreads, 1>;
+using ComposeCopies = Copies<kComposeThreads, 1, true>;
 using ComposeFactors = Factors<float, kTaskRows>;
 
 // One low-rank product of the task and its place in shared memory.
@@ -85,144 +35,103 @@ struct LowRank {
         right(right + task.column),
         rank(rank) {}
 
+  // Whether the whole rank fits: then its strips are copied once, for all rows of the task.
+  __device__ bool stays() const { return rank <= kRankStep; }
+
+  // Starts to copy the strips of `rows` rows from row `row` of the task on, from rank `first` on.
+  __device__ void stage(ComposeCopies& copies, const Task& task, int64_t in_features, int row,
+                        int rows, int first) const {
+    stage_factors(copies, 0, shared, left + static_cast<int64_t>(row) * rank + first,
+                  right + first * in_features, rank, in_features, rank - first, rows, task.columns);
+  }
+
   // Calls step(left, right) for every kRankStep of the rank, with the strips in shared memory at
-  // row `row` of the task and its first column. Ranks up to kRankStep are copied for all rows of
-  // the task at once, with row 0. parity: of the next stage.
+  // row `row` of the task and its first column. Strips that stay are there. parity: of the next
+  // stage.
   template <typename Step>
   __device__ void for_steps(ComposeCopies& copies, int& parity, const Task& task, int row,
                             int64_t in_features, const Step& step) const {
-    const bool stays = rank <= kRankStep;
-    const int first_row = stays ? 0 : row;
-    const int rows = stays || task.rows - row < kTileRows ? task.rows - first_row : kTileRows;
+    if (stays()) {
+      step(shared.left + row * kRankStep, shared.right);
+      return;
+    }
+    const int rows = task.rows - row < kTileRows ? task.rows - row : kTileRows;
 #pragma unroll 1
     for (int first = 0; first < rank; first += kRankStep) {
-      if (!stays || row == 0) {
-        block_barrier();
-        stage_factors(copies, 0, shared, left + static_cast<int64_t>(first_row) * rank, right, rank,
-                      in_features, first, rows, task.columns);
-        copies.publish(0);
-        copies.wait<0>(0, parity);
-        parity ^= 1;
-        block_barrier();
-      }
-      step(shared.left + (row - first_row) * kRankStep, shared.right);
+      block_barrier();
+      stage(copies, task, in_features, row, rows, first);
+      copies.publish(0);
+      copies.wait<0>(0, parity);
+      parity ^= 1;
+      block_barrier();
+      step(shared.left, shared.right);
     }
   }
 };
-
-// The mask of a lane: byte i holds the bits of its columns in row 8i of its tile.
-struct LaneMask {
-  uint32_t bits;
-
-  __device__ bool kept(int i, int j) const { return (bits >> (8 * i + j) & 1) != 0; }
-};
-
-// Eight neighbouring uniforms of global row `row`, from global column `column` on.
-class UniformRow {
- public:
-  __device__ UniformRow(const Group& group, const Member& member, int64_t column)
-      : key_{static_cast<uint32_t>(*group.seed), static_cast<uint32_t>(*group.seed >> 32)},
-        step_(static_cast<uint32_t>(*group.step)),
-        layer_(member.layer_id),
-        first_block_(static_cast<uint32_t>(column >> 2)),
-        offset_(static_cast<int>(column & 3)) {}
-
-  __device__ void draw(uint32_t row, float (&u)[kLaneColumns]) const {
-    // shards may begin anywhere: then the lane needs words of a third block
-    uint32_t words[12];
-    philox(row, 0, words);
-    philox(row, 1, words + 4);
-    if (offset_ != 0) {
-      philox(row, 2, words + 8);
-      shift<1>(words);
-      shift<2>(words);
-    }
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) u[j] = uniform_of_word(words[j]);
-  }
-
- private:
-  __device__ void philox(uint32_t row, uint32_t block, uint32_t* words) const {
-    uint32_t counter[4] = {first_block_ + block, row, step_, layer_};
-    philox4x32(counter, key_);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) words[k] = counter[k];
-  }
-
-  template <int kBy>
-  __device__ void shift(uint32_t (&words)[12]) const {
-    if ((offset_ & kBy) == 0) return;
-#pragma unroll
-    for (int k = 0; k + kBy < 12; ++k) words[k] = words[k + kBy];
-  }
-
-  PhiloxKey key_;
-  uint32_t step_, layer_, first_block_;
-  int offset_;
-};
-
-// Draws the tile's mask from its logits. The penalty of every element, sigmoid(L) or relu(L), is
-// added to `sparse`, with kSums.
-template <bool kSums>
-__device__ LaneMask draw_mask(const Group& group, const Member& member,
-                              const float (&logits)[kLaneRows][kLaneColumns], int row,
-                              int64_t column, float& sparse) {
-  const UniformRow uniforms(group, member, member.col0 + column);
-  const float bias = *member.b;
-  LaneMask mask{0};
-#pragma unroll
-  for (int i = 0; i < kLaneRows; ++i) {
-    const int valid = valid_columns(row + 8 * i, member.rows, column, group.in_features);
-    float u[kLaneColumns];
-    if (!group.hard) uniforms.draw(member.row0 + static_cast<uint32_t>(row + 8 * i), u);
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      const float logit = logits[i][j] + bias;
-      const float e = exp_approx(-logit);
-      // u < sigmoid(L) without a division: u + u e^-L < 1; false where L is NaN
-      const bool drawn = group.hard ? logit > 0.0f : fmaf(u[j], e, u[j]) < 1.0f;
-      if (drawn && j < valid) mask.bits |= 1u << (8 * i + j);
-      if constexpr (kSums) {
-        const float penalty = group.relu ? fmaxf(logit, 0.0f) : reciprocal_approx(1.0f + e);
-        if (j < valid) sparse += penalty;
-      }
-    }
-  }
-  return mask;
-}
-
-// Where a lane's bytes of bits are: byte j >> 3 of a row of little-endian words.
-__device__ inline int64_t bits_index(const Group& group, const Member& member, int row,
-                                     int64_t column) {
-  return (member.first_row + row) * ((group.in_features + 31) / 32 * 4) + column / kLaneColumns;
-}
-
-// Also writes the zeros that fill the last word of a row.
-__device__ inline void store_mask(const Group& group, const Member& member, LaneMask mask, int row,
-                                  int64_t column) {
-  if (column >= (group.in_features + 31) / 32 * 32) return;
-#pragma unroll
-  for (int i = 0; i < kLaneRows; ++i) {
-    if (row + 8 * i >= member.rows) continue;
-    group.bits[bits_index(group, member, row + 8 * i, column)] =
-        static_cast<uint8_t>(mask.bits >> (8 * i));
-  }
-}
-
-__device__ inline LaneMask load_mask(const Group& group, const Member& member, int row,
-                                     int64_t column) {
-  LaneMask mask{0};
-#pragma unroll
-  for (int i = 0; i < kLaneRows; ++i) {
-    if (valid_columns(row + 8 * i, member.rows, column, group.in_features) == 0) continue;
-    mask.bits |= static_cast<uint32_t>(group.bits[bits_index(group, member, row + 8 * i, column)])
-                 << (8 * i);
-  }
-  return mask;
-}
 
 // Rows of a tile that are loaded together: more do not fit the registers.
 constexpr int kLoadRows = 2;
+constexpr int kTilesAhead = 2;
+using WeightStages = uint4[kTilesAhead][kLaneRows][kComposeThreads];
+
+// A lane's part of W. A 16-bit W whose rows take 16-byte accesses comes through shared memory,
+// requested kTilesAhead tiles before it is read: every lane copies what it reads itself, so that no
+// barrier is needed, and a tile's place is free once its lane has read it.
+class Weights {
+ public:
+  __device__ Weights(WeightStages& stages, const Member& member, int64_t in_features, int row,
+                     int64_t column)
+      : stages_(stages),
+        matrix_(member.weight, in_features),
+        dtype_(member.dtype),
+        ahead_(matrix_.vectors && member.dtype != DType::kFloat32),
+        row_(row),
+        rows_(member.rows),
+        column_(column) {}
+
+  // Once for every tile, in their order, before it is loaded; also of tiles that do not exist.
+  __device__ void request(int tile) {
+    if (ahead_) {
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) {
+        const int row = row_ + tile * kTileRows + 8 * i;
+        if (valid_columns(row, rows_, column_, matrix_.columns) == 0) continue;
+        copy_vector_async(place(tile, i), static_cast<const uint16_t*>(matrix_.data) +
+                                              row * matrix_.columns + column_);
+      }
+    }
+    commit_async_copies();
+  }
+
+  // Rows `first` to first + kLoadRows - 1 of a lane's kLaneRows.
+  __device__ void load(float (&to)[kLoadRows][kLaneColumns], int tile, int first) const {
+    if (!ahead_) {
+      load_rows(to, matrix_, dtype_, row_ + tile * kTileRows + 8 * first, rows_, column_);
+      return;
+    }
+    wait_async_copies<kTilesAhead - 1>();
+#pragma unroll
+    for (int i = 0; i < kLoadRows; ++i) {
+      if (dtype_ == DType::kBFloat16) {
+        unpack_vector<DType::kBFloat16>(to[i], *place(tile, first + i));
+      } else {
+        unpack_vector<DType::kFloat16>(to[i], *place(tile, first + i));
+      }
+    }
+  }
+
+ private:
+  __device__ uint4* place(int tile, int i) const {
+    return &stages_[tile % kTilesAhead][i][threadIdx.x];
+  }
+
+  WeightStages& stages_;
+  Matrix<const void*> matrix_;
+  DType dtype_;
+  bool ahead_;
+  int row_, rows_;
+  int64_t column_;
+};
 
 // The part of the statistics of rows `first`, first + 1 of a lane.
 __device__ inline void add_forget(const Group& group, const Member& member, LaneMask mask,
@@ -245,11 +154,12 @@ __device__ inline void add_forget(const Group& group, const Member& member, Lane
   }
 }
 
-// W_eff of a tile, rounded once, and with kSums its part of the statistics.
-template <DType kOut, bool kSums>
+// W_eff of a tile, rounded once, and with kSums its part of the statistics. load(weight, first)
+// gives rows `first`, first + 1 of a lane of W.
+template <DType kOut, bool kSums, typename Load>
 __device__ void apply(const Group& group, const Member& member, LaneMask mask,
                       const float (&product)[kLaneRows][kLaneColumns], int tile_row, int64_t column,
-                      Sums& sums) {
+                      Sums& sums, const Load& load) {
   const float scale = *group.scale;
   const Matrix<void*> effective(group.effective, group.in_features);
   if constexpr (kSums) sums.kept += __popc(mask.bits);
@@ -257,7 +167,7 @@ __device__ void apply(const Group& group, const Member& member, LaneMask mask,
   for (int first = 0; first < kLaneRows; first += kLoadRows) {
     const int row = tile_row + 8 * first;
     float weight[kLoadRows][kLaneColumns];
-    load_rows(weight, {member.weight, group.in_features}, member.dtype, row, member.rows, column);
+    load(weight, first);
     if constexpr (kSums) {
       if (member.initial != nullptr) {
         add_forget(group, member, mask, product, weight, first, row, column, sums);
@@ -287,9 +197,49 @@ __device__ void add_product(float (&sum)[kLaneRows][kLaneColumns], const float* 
   }
 }
 
-// kDraws: the bits are drawn and written, else read. kComposes: W_eff is written.
-template <bool kDraws, bool kComposes, DType kOut>
-__device__ void serve_task(const Group& group) {
+template <DType kOut>
+__device__ void compose_task(const Group& group) {
+  STAMINA_SHARED(ComposeFactors, for_product);
+  STAMINA_SHARED(WeightStages, stages);
+  STAMINA_SHARED(uint64_t, barrier);
+  const Task task = task_of(group, static_cast<int>(blockIdx.x));
+  const Member& member = group.member[task.member];
+  const Lane lane;
+  const int64_t features = group.in_features;
+  ComposeCopies copies(&barrier);
+  int parity = 0;
+  const LowRank product(for_product, member.A, member.B, member.rank, task);
+  const int warp_column = lane.warp * kWarpColumns;
+  const int64_t column = task.column + warp_column + kLaneColumns * lane.quad;
+  Weights weights(stages, member, features, task.row + lane.row, column);
+
+  if (product.stays()) product.stage(copies, task, features, 0, task.rows, 0);
+  copies.publish(0);
+  for (int tile = 0; tile < kTilesAhead; ++tile) weights.request(tile);
+  copies.wait<kTilesAhead>(0, parity);
+  parity ^= 1;
+  block_barrier();
+
+  Sums unused;
+#pragma unroll 1
+  for (int tile = 0; tile * kTileRows < task.rows; ++tile) {
+    const int row = task.row + tile * kTileRows + lane.row;
+    const MaskBytes bytes = load_mask(group, member, row, column);
+    float sum[kLaneRows][kLaneColumns] = {};
+    product.for_steps(copies, parity, task, tile * kTileRows, features,
+                      [&](const float* left, const float* right) {
+                        add_product<kOut>(sum, left, right + warp_column, lane);
+                      });
+    apply<kOut, false>(group, member, bytes.mask(), sum, row, column, unused,
+                       [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
+                         weights.load(weight, tile, first);
+                       });
+    weights.request(tile + kTilesAhead);
+  }
+}
+
+template <bool kComposes, DType kOut>
+__device__ void sample_task(const Group& group) {
   STAMINA_SHARED(ComposeFactors, for_mask);
   STAMINA_SHARED(ComposeFactors, for_product);
   STAMINA_SHARED(uint64_t, barrier);
@@ -301,53 +251,69 @@ __device__ void serve_task(const Group& group) {
   int parity = 0;
   const LowRank logits(for_mask, member.U, member.V, member.mask_rank, task);
   const LowRank product(for_product, member.A, member.B, member.rank, task);
-
   const int warp_column = lane.warp * kWarpColumns;
   const int64_t column = task.column + warp_column + kLaneColumns * lane.quad;
+
+  if (logits.stays()) logits.stage(copies, task, features, 0, task.rows, 0);
+  if constexpr (kComposes) {
+    if (product.stays()) product.stage(copies, task, features, 0, task.rows, 0);
+  }
+  copies.publish(0);
+  if constexpr (kComposes) {
+    const auto call = [&](const void* weights) {
+      prefetch_rows<kComposeThreads>(weights, member.dtype, features, task.row, task.rows,
+                                     task.column, task.columns);
+    };
+    call(member.weight);
+    if (member.initial != nullptr) call(member.initial);
+  }
+  copies.wait<0>(0, parity);
+  parity ^= 1;
+  block_barrier();
+
   Sums sums{0.0f, 0.0f, 0, 0};
 #pragma unroll 1
   for (int tile = 0; tile < task.rows; tile += kTileRows) {
     const int row = task.row + tile + lane.row;
-    LaneMask mask{0};
-    if constexpr (kDraws) {
-      float sum[kLaneRows][kLaneColumns] = {};
-      logits.for_steps(copies, parity, task, tile, features,
-                       [&](const float* left, const float* right) {
-                         multiply_chain(sum, left + lane.row * kRankStep,
-                                        right + warp_column + kLaneColumns * lane.quad);
-                       });
-      mask = draw_mask<kComposes>(group, member, sum, row, column, sums.sparse);
-      store_mask(group, member, mask, row, column);
-    } else {
-      mask = load_mask(group, member, row, column);
-    }
+    float sum[kLaneRows][kLaneColumns] = {};
+    logits.for_steps(copies, parity, task, tile, features,
+                     [&](const float* left, const float* right) {
+                       multiply_chain(sum, left + lane.row * kRankStep,
+                                      right + warp_column + kLaneColumns * lane.quad);
+                     });
+    const LaneMask mask = draw_mask<kComposes>(group, member, sum, row, column, sums.sparse);
+    store_mask(group, member, mask, row, column);
     if constexpr (kComposes) {
-      float sum[kLaneRows][kLaneColumns] = {};
+      float delta[kLaneRows][kLaneColumns] = {};
       product.for_steps(copies, parity, task, tile, features,
                         [&](const float* left, const float* right) {
-                          add_product<kOut>(sum, left, right + warp_column, lane);
+                          add_product<kOut>(delta, left, right + warp_column, lane);
                         });
-      apply<kOut, kDraws>(group, member, mask, sum, row, column, sums);
+      apply<kOut, true>(group, member, mask, delta, row, column, sums,
+                        [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
+                          load_rows(weight, {member.weight, features}, member.dtype,
+                                    row + 8 * first, member.rows, column);
+                        });
     }
   }
-  if constexpr (kDraws && kComposes) store_sums<kComposeThreads>(sums, group.partials + blockIdx.x);
+  if constexpr (kComposes) store_sums<kComposeThreads>(sums, group.partials + blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     sample_kernel(const __grid_constant__ Group group) {
-  serve_task<true, false, DType::kFloat32>(group);
+  sample_task<false, DType::kFloat32>(group);
 }
 
 template <DType kOut>
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     compose_kernel(const __grid_constant__ Group group) {
-  serve_task<false, true, kOut>(group);
+  compose_task<kOut>(group);
 }
 
 template <DType kOut>
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     sample_compose_kernel(const __grid_constant__ Group group) {
-  serve_task<true, true, kOut>(group);
+  sample_task<true, kOut>(group);
 }
 
 struct Statistics {

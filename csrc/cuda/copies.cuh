@@ -17,13 +17,13 @@ __device__ inline bool is_aligned(const void* pointer) {
 
 // The asynchronous copies of a block of kThreads threads into kStages stages of shared memory. Per
 // stage: copy any number of matrices, publish(), wait(), block_barrier(); before a stage is copied
-// into again, another block_barrier().
-template <int kThreads, int kStages>
+// into again, another block_barrier(). kBulk: whether bulk copies may be used.
+template <int kThreads, int kStages, bool kBulk>
 class Copies {
  public:
-  // barriers: kStages in shared memory.
-  __device__ explicit Copies(uint64_t* barriers) : barriers_(barriers) {
-    if (kBulkCopies) {
+  // barriers: kStages in shared memory, for bulk copies.
+  __device__ explicit Copies(uint64_t* barriers = nullptr) : barriers_(barriers) {
+    if (kBulk && kBulkCopies) {
       if (threadIdx.x < kStages) barrier_init(barriers + threadIdx.x, kThreads);
       block_barrier();
     }
@@ -41,7 +41,9 @@ class Copies {
       });
       return;
     }
-    if (kBulkCopies && copy_bulk(stage, to, to_stride, from, from_stride, rows, columns)) return;
+    if (kBulk && kBulkCopies && copy_bulk(stage, to, to_stride, from, from_stride, rows, columns)) {
+      return;
+    }
     for_elements<kRows, kColumns / kVector, true>(rows, columns / kVector, [&](int row, int v) {
       copy_vector_async(to + row * to_stride + v * kVector, from + row * from_stride + v * kVector);
     });
@@ -56,7 +58,7 @@ class Copies {
 
   __device__ void publish(int stage) {
     commit_async_copies();
-    if (kBulkCopies) barrier_arrive(barriers_ + stage, announced_);
+    if (kBulk && kBulkCopies) barrier_arrive(barriers_ + stage, announced_);
     announced_ = 0;
   }
 
@@ -65,7 +67,7 @@ class Copies {
   template <int kPending>
   __device__ void wait(int stage, int parity) {
     wait_async_copies<kPending>();
-    if (kBulkCopies) barrier_wait(barriers_ + stage, parity);
+    if (kBulk && kBulkCopies) barrier_wait(barriers_ + stage, parity);
   }
 
  private:

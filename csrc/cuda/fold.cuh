@@ -3,10 +3,12 @@
 //
 // A block of eight warps keeps the fp32 sum of 128 x 128 weights in registers, 64 a thread, while
 // the adapters of the layer stream through four stages of shared memory: 16 of a rank at a time,
-// 10 KiB. P of 16 x 32 weights comes from four mma on the committed fp16 factors, whose products
-// are exact, and is added under the mask at once. That addition, one instruction to select and one
-// to add for each weight and concept, is what binds, not the matrix units: a rank of 16 gives them
-// one instruction for 128 weights, so wgmma would not shorten anything.
+// 10 KiB. Each thread copies 40 bytes of that with 16-byte copies, at addresses that cost it about
+// twenty instructions; bulk copies, issued row by row by a few threads while the others wait, cost
+// more than twice the time. P of 16 x 32 weights comes from four mma on the committed fp16 factors,
+// whose products are exact, and is added under the mask at once. That addition, one instruction to
+// select and one to add for each weight and concept, is what binds, not the matrix units: a rank of
+// 16 gives them one instruction for 128 weights, so wgmma would not shorten anything.
 #pragma once
 
 #include "tile.cuh"
@@ -22,10 +24,11 @@ constexpr int kBlockWords = kBlockColumns / 32;
 
 // kRankStep of the rank of one adapter, from rank `first` on.
 struct FoldStep {
-  const uint16_t *A, *B;  // fp16, of the whole adapter
+  const uint16_t *A, *B;  // fp16, from that rank on
   const uint32_t* bits;
-  int32_t rank, first;
+  int32_t rank, depth;  // of the adapter, and of that what is left
   float coefficient;
+  bool regular;  // every row of the step and of a task is whole vectors, at their addresses
 };
 
 struct FoldLayer {
@@ -45,8 +48,7 @@ struct FoldStage {
 };
 
 using FoldStages = FoldStage[kFoldStages];
-using FoldBarriers = uint64_t[kFoldStages];
-using FoldCopies = Copies<kFoldThreads, kFoldStages>;
+using FoldCopies = Copies<kFoldThreads, kFoldStages, false>;
 
 // In shared memory, where it takes no registers.
 struct FoldTask {
@@ -55,35 +57,62 @@ struct FoldTask {
   int32_t row, column, rows, columns;
 };
 
-__device__ inline FoldTask fold_task(const FoldLayer* layers, int count, int block) {
-  int low = 0, high = count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (layers[middle].first_task <= block) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
+// The last layer that begins at or before a task: found by a warp, every lane gets it.
+__device__ inline int layer_of_task(const FoldLayer* layers, int count, int task) {
+  int begun = 0;
+  for (int k = static_cast<int>(threadIdx.x % 32); k < count; k += 32) {
+    begun += layers[k].first_task <= task;
   }
-  const FoldLayer layer = layers[low];
+  for (int distance = 16; distance > 0; distance /= 2) begun += shuffle_xor(begun, distance);
+  return begun - 1;
+}
+
+__device__ inline FoldTask fold_task(const FoldLayer* layers, int number, int block) {
+  const FoldLayer layer = layers[number];
   const int index = block - layer.first_task;
   const int row = index / layer.column_tasks * kFoldRows;
   const int column = index % layer.column_tasks * kBlockColumns;
   const int rows = layer.rows - row < kFoldRows ? layer.rows - row : kFoldRows;
   const int64_t columns = layer.in_features - column;
-  return {layer,  low,  row,
-          column, rows, columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
+  return {layer,  number, row,
+          column, rows,   columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
 }
+
+// A step whose copies need no case distinctions: two or three vectors a thread.
+__device__ inline void copy_regular_step(FoldStage& to, const FoldStep& step,
+                                         const FoldTask& task) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t features = task.layer.in_features, words = features / 32;
+  constexpr int kLeft = kRankStep / 8, kRight = kBlockColumns / 8;  // vectors of a row
+  const int row = thread / kLeft, v = thread % kLeft * 8;
+  if (row < task.rows) {
+    copy_vector_async(to.factors.left + row * kRankStep + v,
+                      step.A + static_cast<int64_t>(task.row + row) * step.rank + v);
+  }
+  const int k = thread / kRight, u = thread % kRight * 8;
+  copy_vector_async(to.factors.right + k * kRightStride<uint16_t> + u,
+                    step.B + k * features + task.column + u);
+  if (thread < task.rows) {
+    copy_vector_async(to.bits + thread * kBlockWords,
+                      step.bits + (task.row + thread) * words + task.column / 32);
+  }
+}
+static_assert(kFoldThreads == kFoldRows * kRankStep / 8 &&
+              kFoldThreads == kRankStep * kBlockColumns / 8 && kBlockWords * 4 == 16);
 
 __device__ inline void copy_step(FoldCopies& copies, int stage, FoldStage& to, const FoldStep& step,
                                  const FoldTask& task) {
+  if (threadIdx.x == 0) to.coefficient = step.coefficient;
+  if (step.regular) {
+    copy_regular_step(to, step, task);
+    return;
+  }
   const int64_t features = task.layer.in_features, words = (features + 31) / 32;
   stage_factors(copies, stage, to.factors, step.A + static_cast<int64_t>(task.row) * step.rank,
-                step.B + task.column, step.rank, features, step.first, task.rows, task.columns);
+                step.B + task.column, step.rank, features, step.depth, task.rows, task.columns);
   copies.copy<kFoldRows, kBlockWords>(stage, to.bits, kBlockWords,
                                       step.bits + task.row * words + task.column / 32, words,
                                       task.rows, (task.columns + 31) / 32);
-  if (threadIdx.x == 0) to.coefficient = step.coefficient;
 }
 
 // The fragments of B for the four mma of a block: columns in the order of tile.cuh, k in that of
@@ -142,42 +171,37 @@ __device__ inline void add_stage(float (&total)[kFoldLaneRows][kLaneColumns],
   }
 }
 
-// Adds the sum to W_init and rounds once. Returns whether every result is finite.
-template <DType kDType, int kRows>
-__device__ bool store_folded(const FoldTask& task, const float (&total)[kRows][kLaneColumns],
-                             const float (&initial)[kRows][kLaneColumns], int row, int64_t column) {
+// W = round(W_init + total) for a lane's rows. Returns whether every result is finite.
+template <DType kDType>
+__device__ bool store_folded(const FoldTask& task,
+                             const float (&total)[kFoldLaneRows][kLaneColumns], int row,
+                             int64_t column) {
   const FoldLayer& layer = task.layer;
+  const Matrix<const void*> from(layer.initial, layer.in_features);
   const Matrix<void*> weight(layer.weight, layer.in_features);
   bool finite = true;
+  constexpr int kTogether = 2;  // rows: more do not fit the registers
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int valid = valid_columns(row + 8 * i, layer.rows, column, layer.in_features);
-    float sum[kLaneColumns];
+  for (int first = 0; first < kFoldLaneRows; first += kTogether) {
+    float initial[kTogether][kLaneColumns];
+    load_rows_as<kDType>(initial, from, row + 8 * first, layer.rows, column);
 #pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      sum[j] = initial[i][j] + total[i][j];
-      float rounded = sum[j];
-      if constexpr (kDType == DType::kBFloat16) rounded = bf16_to_float(float_to_bf16(sum[j]));
-      if constexpr (kDType == DType::kFloat16) rounded = half_to_float(float_to_half(sum[j]));
-      if (j < valid && !(fabsf(rounded) < INFINITY)) finite = false;
+    for (int i = 0; i < kTogether; ++i) {
+      const int r = row + 8 * (first + i);
+      const int valid = valid_columns(r, layer.rows, column, layer.in_features);
+      float sum[kLaneColumns];
+#pragma unroll
+      for (int j = 0; j < kLaneColumns; ++j) {
+        sum[j] = initial[i][j] + total[first + i][j];
+        float rounded = sum[j];
+        if constexpr (kDType == DType::kBFloat16) rounded = bf16_to_float(float_to_bf16(sum[j]));
+        if constexpr (kDType == DType::kFloat16) rounded = half_to_float(float_to_half(sum[j]));
+        if (j < valid && !(fabsf(rounded) < INFINITY)) finite = false;
+      }
+      store_row<kDType>(weight, r * layer.in_features + column, valid, sum);
     }
-    store_row<kDType>(weight, (row + 8 * i) * layer.in_features + column, valid, sum);
   }
   return finite;
-}
-
-template <int kRows>
-__device__ bool finish_rows(const FoldTask& task, const float (&total)[kRows][kLaneColumns],
-                            int row, int64_t column) {
-  const FoldLayer& layer = task.layer;
-  float initial[kRows][kLaneColumns];
-  load_rows(initial, {layer.initial, layer.in_features}, layer.dtype, row, layer.rows, column);
-  if (layer.dtype == DType::kFloat32) {
-    return store_folded<DType::kFloat32>(task, total, initial, row, column);
-  }
-  return layer.dtype == DType::kBFloat16
-             ? store_folded<DType::kBFloat16>(task, total, initial, row, column)
-             : store_folded<DType::kFloat16>(task, total, initial, row, column);
 }
 
 // overflow: one flag per layer, zero before.
@@ -185,12 +209,14 @@ __global__ void __launch_bounds__(kFoldThreads, 2)
     fold_kernel(const FoldLayer* layers, int32_t count, const FoldStep* all_steps,
                 int32_t* overflow) {
   STAMINA_SHARED(FoldStages, stages);
-  STAMINA_SHARED(FoldBarriers, barriers);
   STAMINA_SHARED(FoldTask, task);
-  if (threadIdx.x == 0) task = fold_task(layers, count, static_cast<int>(blockIdx.x));
+  if (threadIdx.x < 32) {
+    const int block = static_cast<int>(blockIdx.x), number = layer_of_task(layers, count, block);
+    if (threadIdx.x == 0) task = fold_task(layers, number, block);
+  }
   block_barrier();
   const Lane lane;
-  FoldCopies copies(barriers);
+  FoldCopies copies;
   constexpr unsigned kAhead = kFoldStages - 1;
   const auto steps = static_cast<unsigned>(task.layer.steps);
   float total[kFoldLaneRows][kLaneColumns] = {};
@@ -207,22 +233,22 @@ __global__ void __launch_bounds__(kFoldThreads, 2)
       copy_step(copies, next, stages[next], all_steps[task.layer.first_step + copied], task);
     }
     copies.publish(next);
+    if (copied == 0) {
+      prefetch_rows<kFoldThreads>(task.layer.initial, task.layer.dtype, task.layer.in_features,
+                                  task.row, task.rows, task.column, task.columns);
+    }
     if (copied >= kAhead) add_stage(total, stages[stage], lane);
   }
 
   const int row = task.row + lane.warp / 4 * kFoldWarpRows + lane.row;
   const int64_t column = task.column + lane.warp % 4 * kWarpColumns + kLaneColumns * lane.quad;
-  bool finite = true;
-  constexpr int kTogether = 2;  // rows: more do not fit the registers
-#pragma unroll
-  for (int first = 0; first < kFoldLaneRows; first += kTogether) {
-    float rows[kTogether][kLaneColumns];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-#pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j) rows[i][j] = total[first + i][j];
-    }
-    finite &= finish_rows(task, rows, row + 8 * first, column);
+  bool finite;
+  if (task.layer.dtype == DType::kFloat32) {
+    finite = store_folded<DType::kFloat32>(task, total, row, column);
+  } else if (task.layer.dtype == DType::kBFloat16) {
+    finite = store_folded<DType::kBFloat16>(task, total, row, column);
+  } else {
+    finite = store_folded<DType::kFloat16>(task, total, row, column);
   }
   if (!finite) overflow[task.layer_index] = 1;
 }

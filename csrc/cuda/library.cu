@@ -180,12 +180,18 @@ struct FoldTables {
   int64_t tasks = 0;
 };
 
-void add_steps(const stamina_adapter& adapter, std::vector<FoldStep>& steps) {
+// Appends the steps of an adapter of a layer.
+void add_steps(const stamina_adapter& adapter, int64_t in_features, std::vector<FoldStep>& steps) {
+  const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const bool vectors = adapter.rank % 8 == 0 && in_features % kBlockColumns == 0 &&
+                       is_aligned(adapter.A) && is_aligned(adapter.B) && is_aligned(adapter.bits);
   for (int64_t first = 0; first < adapter.rank; first += kRankStep) {
-    steps.push_back({static_cast<const uint16_t*>(adapter.A),
-                     static_cast<const uint16_t*>(adapter.B),
+    const int64_t depth = adapter.rank - first < kRankStep ? adapter.rank - first : kRankStep;
+    steps.push_back({static_cast<const uint16_t*>(adapter.A) + first,
+                     static_cast<const uint16_t*>(adapter.B) + first * in_features,
                      static_cast<const uint32_t*>(adapter.bits), static_cast<int32_t>(adapter.rank),
-                     static_cast<int32_t>(first), static_cast<float>(adapter.coefficient)});
+                     static_cast<int32_t>(depth), static_cast<float>(adapter.coefficient),
+                     vectors && depth == kRankStep});
   }
 }
 
@@ -205,7 +211,7 @@ bool fold_tables(const stamina_layer* layers, int64_t layer_count, const stamina
     const auto first_step = static_cast<int64_t>(tables.steps.size());
     for (int64_t t = used; t < used + layer.adapters; ++t) {
       if (!check_adapter(adapters[t], t)) return false;
-      add_steps(adapters[t], tables.steps);
+      add_steps(adapters[t], layer.in_features, tables.steps);
     }
     const auto end_step = static_cast<int64_t>(tables.steps.size());
     if (!Checks().size("the sum of adapters[*].rank / 16", end_step, 1).ok()) return false;

@@ -45,18 +45,17 @@ struct Factors {
   alignas(16) T right[kRankStep * kRightStride<T>];
 };
 
-// Copies `rows` rows of left and `columns` columns of right, from rank `first` on, and pads the
-// rank with zeros. Rows and columns beyond are left as they are: they touch only results that are
-// never used.
+// Copies `rows` rows of left and `columns` columns of right, up to kRankStep of the `left_over` of
+// the rank that begins there, and pads with zeros. Rows and columns beyond are left as they are:
+// they touch only results that are never used.
 template <typename T, int kRows, typename Copies>
 __device__ void stage_factors(Copies& copies, int stage, Factors<T, kRows>& to, const T* left,
-                              const T* right, int rank, int64_t in_features, int first, int rows,
-                              int columns) {
-  const int depth = rank - first < kRankStep ? rank - first : kRankStep;
-  copies.template copy<kRows, kRankStep>(stage, to.left, kRankStep, left + first, rank, rows,
-                                         depth);
-  copies.template copy<kRankStep, kBlockColumns>(
-      stage, to.right, kRightStride<T>, right + first * in_features, in_features, depth, columns);
+                              const T* right, int rank, int64_t in_features, int left_over,
+                              int rows, int columns) {
+  const int depth = left_over < kRankStep ? left_over : kRankStep;
+  copies.template copy<kRows, kRankStep>(stage, to.left, kRankStep, left, rank, rows, depth);
+  copies.template copy<kRankStep, kBlockColumns>(stage, to.right, kRightStride<T>, right,
+                                                 in_features, depth, columns);
   if (depth == kRankStep) return;
   copies.template clear<kRows, kRankStep>(to.left + depth, kRankStep, rows, kRankStep - depth);
   copies.template clear<kRankStep, kBlockColumns>(to.right + depth * kRightStride<T>,
@@ -161,6 +160,35 @@ __device__ inline uint32_t pack_pair(float low, float high) {
   return kDType == DType::kBFloat16 ? pack_bf16(low, high) : pack_half(low, high);
 }
 
+// The four or eight elements of 16 bytes as fp32.
+template <DType kDType>
+__device__ inline void unpack_vector(float* to, const uint4& raw) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (kDType == DType::kFloat32) {
+      to[w] = bits_float(words[w]);
+    } else {
+      to[2 * w] = to_float<kDType>(static_cast<uint16_t>(words[w]));
+      to[2 * w + 1] = to_float<kDType>(static_cast<uint16_t>(words[w] >> 16));
+    }
+  }
+}
+
+// Calls rows x columns of a matrix into L2, by a block of kThreads.
+template <int kThreads>
+__device__ void prefetch_rows(const void* matrix, DType dtype, int64_t features, int row, int rows,
+                              int column, int columns) {
+  constexpr int kLineBytes = 128;
+  const int in_line = kLineBytes / static_cast<int>(size_of(dtype));
+  const int lines = kBlockColumns / in_line;
+  for (int e = static_cast<int>(threadIdx.x); e < rows * lines; e += kThreads) {
+    const int first = e % lines * in_line;
+    const int64_t index = static_cast<int64_t>(row + e / lines) * features + column + first;
+    if (first < columns) prefetch_line(static_cast<const char*>(matrix) + index * size_of(dtype));
+  }
+}
+
 // Columns of row and of the lane that exist, at most kLaneColumns.
 __device__ inline int valid_columns(int row, int rows, int64_t column, int64_t columns) {
   if (row >= rows || column >= columns) return 0;
@@ -205,18 +233,7 @@ __device__ void load_rows_as(float (&to)[kRows][kLaneColumns], const Matrix<cons
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const uint32_t words[4] = {raw[i][v].x, raw[i][v].y, raw[i][v].z, raw[i][v].w};
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (kDType == DType::kFloat32) {
-          to[i][4 * v + w] = bits_float(words[w]);
-        } else {
-          to[i][2 * w] = to_float<kDType>(static_cast<uint16_t>(words[w]));
-          to[i][2 * w + 1] = to_float<kDType>(static_cast<uint16_t>(words[w] >> 16));
-        }
-      }
-    }
+    for (int v = 0; v < kVectors; ++v) unpack_vector<kDType>(to[i] + 4 * v, raw[i][v]);
   }
 }
 

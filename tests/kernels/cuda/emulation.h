@@ -280,6 +280,11 @@ T shuffle_xor(T value, int lane_mask) {
   return value;
 }
 
+// Reads the address, so that a sanitiser sees one that is not there.
+inline void prefetch_line(const void* global) {
+  [[maybe_unused]] const volatile char first = *static_cast<const volatile char*>(global);
+}
+
 inline void copy_vector_async(void* shared, const void* global) {
   host::require(host::is_multiple(shared, 16) && host::is_multiple(global, 16));
   host::fibers[host::current]->groups.back().push_back({shared, global, 16});
