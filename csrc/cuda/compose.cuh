@@ -79,34 +79,28 @@ using WeightStages = uint4[kTilesAhead][kLaneRows][kComposeThreads];
 // barrier is needed, and a tile's place is free once its lane has read it.
 class Weights {
  public:
-  __device__ Weights(WeightStages& stages, const Member& member, int64_t in_features, int row,
-                     int64_t column)
+  __device__ Weights(WeightStages& stages, const Member& member, int64_t in_features)
       : stages_(stages),
-        matrix_(member.weight, in_features),
+        weight_(member.weight),
         dtype_(member.dtype),
-        ahead_(matrix_.vectors && member.dtype != DType::kFloat32),
-        row_(row),
-        rows_(member.rows),
-        column_(column) {}
+        features_(in_features),
+        ahead_(rows({}).vectors && member.dtype != DType::kFloat32) {}
 
-  // Once for every tile, in their order, before it is loaded; also of tiles that do not exist.
-  __device__ void request(int tile) {
-    if (ahead_) {
+  // Once for every tile, in their order, before it is loaded; also for tiles that do not exist.
+  __device__ void request(int tile, const Position& at) {
+    const LaneRows<const char> from = rows(at.element);
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) {
-        const int row = row_ + tile * kTileRows + 8 * i;
-        if (valid_columns(row, rows_, column_, matrix_.columns) == 0) continue;
-        copy_vector_async(place(tile, i), static_cast<const uint16_t*>(matrix_.data) +
-                                              row * matrix_.columns + column_);
-      }
+    for (int i = 0; i < kLaneRows; ++i) {
+      if (ahead_ && at.extent.valid(i) > 0) copy_vector_async(place(tile, i), from.row(i));
     }
     commit_async_copies();
   }
 
   // Rows `first` to first + kLoadRows - 1 of a lane's kLaneRows.
-  __device__ void load(float (&to)[kLoadRows][kLaneColumns], int tile, int first) const {
+  __device__ void load(float (&to)[kLoadRows][kLaneColumns], int tile, int first,
+                       const Position& at) const {
     if (!ahead_) {
-      load_rows(to, matrix_, dtype_, row_ + tile * kTileRows + 8 * first, rows_, column_);
+      load_rows(to, rows(at.element), dtype_, first, at.extent);
       return;
     }
     wait_async_copies<kTilesAhead - 1>();
@@ -121,26 +115,28 @@ class Weights {
   }
 
  private:
+  __device__ LaneRows<const char> rows(int64_t element) const {
+    return {weight_, dtype_, features_, element};
+  }
   __device__ uint4* place(int tile, int i) const {
     return &stages_[tile % kTilesAhead][i][threadIdx.x];
   }
 
   WeightStages& stages_;
-  Matrix<const void*> matrix_;
+  const void* weight_;
   DType dtype_;
+  int64_t features_;
   bool ahead_;
-  int row_, rows_;
-  int64_t column_;
 };
 
 // The part of the statistics of rows `first`, first + 1 of a lane.
 __device__ inline void add_forget(const Group& group, const Member& member, LaneMask mask,
                                   const float (&product)[kLaneRows][kLaneColumns],
                                   const float (&weight)[kLoadRows][kLaneColumns], int first,
-                                  int row, int64_t column, Sums& sums) {
-  const float scale = *group.scale;
+                                  float scale, const Position& at, Sums& sums) {
   float initial[kLoadRows][kLaneColumns];
-  load_rows(initial, {member.initial, group.in_features}, member.dtype, row, member.rows, column);
+  load_rows(initial, {member.initial, member.dtype, group.in_features, at.element}, member.dtype,
+            first, at.extent);
 #pragma unroll
   for (int i = 0; i < kLoadRows; ++i) {
 #pragma unroll
@@ -158,19 +154,18 @@ __device__ inline void add_forget(const Group& group, const Member& member, Lane
 // gives rows `first`, first + 1 of a lane of W.
 template <DType kOut, bool kSums, typename Load>
 __device__ void apply(const Group& group, const Member& member, LaneMask mask,
-                      const float (&product)[kLaneRows][kLaneColumns], int tile_row, int64_t column,
-                      Sums& sums, const Load& load) {
-  const float scale = *group.scale;
-  const Matrix<void*> effective(group.effective, group.in_features);
+                      const float (&product)[kLaneRows][kLaneColumns], float scale,
+                      const Position& at, Sums& sums, const Load& load) {
+  const LaneRows<char> effective(group.effective, kOut, group.in_features,
+                                 at.element + member.first_row * group.in_features);
   if constexpr (kSums) sums.kept += __popc(mask.bits);
 #pragma unroll
   for (int first = 0; first < kLaneRows; first += kLoadRows) {
-    const int row = tile_row + 8 * first;
     float weight[kLoadRows][kLaneColumns];
     load(weight, first);
     if constexpr (kSums) {
       if (member.initial != nullptr) {
-        add_forget(group, member, mask, product, weight, first, row, column, sums);
+        add_forget(group, member, mask, product, weight, first, scale, at, sums);
       }
     }
 #pragma unroll
@@ -181,8 +176,7 @@ __device__ void apply(const Group& group, const Member& member, LaneMask mask,
         const float delta = scale * product[first + i][j];
         sum[j] = mask.kept(first + i, j) ? weight[i][j] + delta : weight[i][j];
       }
-      store_row<kOut>(effective, (member.first_row + row + 8 * i) * group.in_features + column,
-                      valid_columns(row + 8 * i, member.rows, column, group.in_features), sum);
+      store_row<kOut>(effective, first + i, at.extent.valid(first + i), sum);
     }
   }
 }
@@ -197,6 +191,15 @@ __device__ void add_product(float (&sum)[kLaneRows][kLaneColumns], const float* 
   }
 }
 
+// Calls the bits of a task into L2: 16 bytes a row, and so a line a thread.
+__device__ inline void prefetch_bits(const Group& group, const Member& member, const Task& task) {
+  const int row = static_cast<int>(threadIdx.x);
+  if (row >= task.rows) return;
+  prefetch_line(group.bits + (member.first_row + task.row + row) * Position::row_bytes(group) +
+                task.column / kLaneColumns);
+}
+static_assert(kComposeThreads == kTaskRows);
+
 template <DType kOut>
 __device__ void compose_task(const Group& group) {
   STAMINA_SHARED(ComposeFactors, for_product);
@@ -210,12 +213,17 @@ __device__ void compose_task(const Group& group) {
   int parity = 0;
   const LowRank product(for_product, member.A, member.B, member.rank, task);
   const int warp_column = lane.warp * kWarpColumns;
-  const int64_t column = task.column + warp_column + kLaneColumns * lane.quad;
-  Weights weights(stages, member, features, task.row + lane.row, column);
+  Position at(group, member, task, lane), ahead = at;
+  Weights weights(stages, member, features);
 
   if (product.stays()) product.stage(copies, task, features, 0, task.rows, 0);
   copies.publish(0);
-  for (int tile = 0; tile < kTilesAhead; ++tile) weights.request(tile);
+  for (int tile = 0; tile < kTilesAhead; ++tile) {
+    weights.request(tile, ahead);
+    ahead.next_tile(group);
+  }
+  prefetch_bits(group, member, task);
+  const float scale = *group.scale;
   copies.wait<kTilesAhead>(0, parity);
   parity ^= 1;
   block_barrier();
@@ -223,18 +231,19 @@ __device__ void compose_task(const Group& group) {
   Sums unused;
 #pragma unroll 1
   for (int tile = 0; tile * kTileRows < task.rows; ++tile) {
-    const int row = task.row + tile * kTileRows + lane.row;
-    const MaskBytes bytes = load_mask(group, member, row, column);
+    const MaskBytes bytes = load_mask(group, at);
     float sum[kLaneRows][kLaneColumns] = {};
     product.for_steps(copies, parity, task, tile * kTileRows, features,
                       [&](const float* left, const float* right) {
                         add_product<kOut>(sum, left, right + warp_column, lane);
                       });
-    apply<kOut, false>(group, member, bytes.mask(), sum, row, column, unused,
+    apply<kOut, false>(group, member, bytes.mask(), sum, scale, at, unused,
                        [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
-                         weights.load(weight, tile, first);
+                         weights.load(weight, tile, first, at);
                        });
-    weights.request(tile + kTilesAhead);
+    weights.request(tile + kTilesAhead, ahead);
+    at.next_tile(group);
+    ahead.next_tile(group);
   }
 }
 
@@ -252,7 +261,7 @@ __device__ void sample_task(const Group& group) {
   const LowRank logits(for_mask, member.U, member.V, member.mask_rank, task);
   const LowRank product(for_product, member.A, member.B, member.rank, task);
   const int warp_column = lane.warp * kWarpColumns;
-  const int64_t column = task.column + warp_column + kLaneColumns * lane.quad;
+  Position at(group, member, task, lane);
 
   if (logits.stays()) logits.stage(copies, task, features, 0, task.rows, 0);
   if constexpr (kComposes) {
@@ -267,6 +276,7 @@ __device__ void sample_task(const Group& group) {
     call(member.weight);
     if (member.initial != nullptr) call(member.initial);
   }
+  const float scale = kComposes ? *group.scale : 0.0f;
   copies.wait<0>(0, parity);
   parity ^= 1;
   block_barrier();
@@ -274,27 +284,27 @@ __device__ void sample_task(const Group& group) {
   Sums sums{0.0f, 0.0f, 0, 0};
 #pragma unroll 1
   for (int tile = 0; tile < task.rows; tile += kTileRows) {
-    const int row = task.row + tile + lane.row;
     float sum[kLaneRows][kLaneColumns] = {};
     logits.for_steps(copies, parity, task, tile, features,
                      [&](const float* left, const float* right) {
                        multiply_chain(sum, left + lane.row * kRankStep,
                                       right + warp_column + kLaneColumns * lane.quad);
                      });
-    const LaneMask mask = draw_mask<kComposes>(group, member, sum, row, column, sums.sparse);
-    store_mask(group, member, mask, row, column);
+    const LaneMask mask = draw_mask<kComposes>(group, member, sum, at, sums.sparse);
+    store_mask(group, mask, at);
     if constexpr (kComposes) {
       float delta[kLaneRows][kLaneColumns] = {};
       product.for_steps(copies, parity, task, tile, features,
                         [&](const float* left, const float* right) {
                           add_product<kOut>(delta, left, right + warp_column, lane);
                         });
-      apply<kOut, true>(group, member, mask, delta, row, column, sums,
+      apply<kOut, true>(group, member, mask, delta, scale, at, sums,
                         [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
-                          load_rows(weight, {member.weight, features}, member.dtype,
-                                    row + 8 * first, member.rows, column);
+                          load_rows(weight, {member.weight, member.dtype, features, at.element},
+                                    member.dtype, first, at.extent);
                         });
     }
+    at.next_tile(group);
   }
   if constexpr (kComposes) store_sums<kComposeThreads>(sums, group.partials + blockIdx.x);
 }

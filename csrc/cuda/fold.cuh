@@ -3,12 +3,12 @@
 //
 // A block of eight warps keeps the fp32 sum of 128 x 128 weights in registers, 64 a thread, while
 // the adapters of the layer stream through four stages of shared memory: 16 of a rank at a time,
-// 10 KiB. Each thread copies 40 bytes of that with 16-byte copies, at addresses that cost it about
-// twenty instructions; bulk copies, issued row by row by a few threads while the others wait, cost
-// more than twice the time. P of 16 x 32 weights comes from four mma on the committed fp16 factors,
-// whose products are exact, and is added under the mask at once. That addition, one instruction to
-// select and one to add for each weight and concept, is what binds, not the matrix units: a rank of
-// 16 gives them one instruction for 128 weights, so wgmma would not shorten anything.
+// 10 KiB. Each thread makes two or three 16-byte copies of that; bulk copies, issued row by row by
+// a few threads while the others wait, cost more than twice the time. P of 16 x 32 weights comes
+// from four mma on the committed fp16 factors, whose products are exact, and is added under the
+// mask at once. That addition, one instruction to select and one to add for each weight and
+// concept, is what binds, not the matrix units: a rank of 16 gives them one instruction for 128
+// weights, so wgmma would not shorten anything.
 #pragma once
 
 #include "tile.cuh"
@@ -78,35 +78,42 @@ __device__ inline FoldTask fold_task(const FoldLayer* layers, int number, int bl
           column, rows,   columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
 }
 
-// A step whose copies need no case distinctions: two or three vectors a thread.
-__device__ inline void copy_regular_step(FoldStage& to, const FoldStep& step,
-                                         const FoldTask& task) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t features = task.layer.in_features, words = features / 32;
-  constexpr int kLeft = kRankStep / 8, kRight = kBlockColumns / 8;  // vectors of a row
-  const int row = thread / kLeft, v = thread % kLeft * 8;
-  if (row < task.rows) {
-    copy_vector_async(to.factors.left + row * kRankStep + v,
-                      step.A + static_cast<int64_t>(task.row + row) * step.rank + v);
-  }
-  const int k = thread / kRight, u = thread % kRight * 8;
-  copy_vector_async(to.factors.right + k * kRightStride<uint16_t> + u,
-                    step.B + k * features + task.column + u);
-  if (thread < task.rows) {
-    copy_vector_async(to.bits + thread * kBlockWords,
-                      step.bits + (task.row + thread) * words + task.column / 32);
-  }
-}
-static_assert(kFoldThreads == kFoldRows * kRankStep / 8 &&
-              kFoldThreads == kRankStep * kBlockColumns / 8 && kBlockWords * 4 == 16);
+// Where a thread reads of a step whose copies need no case distinctions, and whether it does: three
+// vectors of 16 bytes, counted in vectors from the step's pointers.
+struct RegularCopies {
+  uint32_t row, right, bits;
+  bool has_row, has_bits;
 
-__device__ inline void copy_step(FoldCopies& copies, int stage, FoldStage& to, const FoldStep& step,
-                                 const FoldTask& task) {
-  if (threadIdx.x == 0) to.coefficient = step.coefficient;
-  if (step.regular) {
-    copy_regular_step(to, step, task);
-    return;
+  __device__ explicit RegularCopies(const FoldTask& task) {
+    const auto thread = static_cast<unsigned>(threadIdx.x);
+    const auto features = static_cast<uint32_t>(task.layer.in_features);
+    row = task.row + thread / kLeft;
+    right = thread / kRight * (features / 8) + task.column / 8 + thread % kRight;
+    bits = (task.row + thread) * (features / kBlockColumns) + task.column / kBlockColumns;
+    has_row = static_cast<int>(thread / kLeft) < task.rows;
+    has_bits = static_cast<int>(thread) < task.rows;
   }
+
+  __device__ void copy(FoldStage& to, const FoldStep& step) const {
+    const auto thread = static_cast<unsigned>(threadIdx.x);
+    const auto vectors = [](const void* p) { return static_cast<const uint4*>(p); };
+    const auto left = static_cast<uint64_t>(row) * (static_cast<uint32_t>(step.rank) / 8);
+    if (has_row) {
+      copy_vector_async(to.factors.left + thread * 8, vectors(step.A) + left + thread % kLeft);
+    }
+    copy_vector_async(
+        to.factors.right + thread / kRight * kRightStride<uint16_t> + thread % kRight * 8,
+        vectors(step.B) + right);
+    if (has_bits) copy_vector_async(to.bits + thread * kBlockWords, vectors(step.bits) + bits);
+  }
+
+  static constexpr unsigned kLeft = kRankStep / 8, kRight = kBlockColumns / 8;  // vectors of a row
+  static_assert(kFoldThreads == kFoldRows * kLeft && kFoldThreads == kRankStep * kRight &&
+                kBlockColumns == 8 * sizeof(uint4));
+};
+
+__device__ inline void copy_irregular(FoldCopies& copies, int stage, FoldStage& to,
+                                      const FoldStep& step, const FoldTask& task) {
   const int64_t features = task.layer.in_features, words = (features + 31) / 32;
   stage_factors(copies, stage, to.factors, step.A + static_cast<int64_t>(task.row) * step.rank,
                 step.B + task.column, step.rank, features, step.depth, task.rows, task.columns);
@@ -171,34 +178,38 @@ __device__ inline void add_stage(float (&total)[kFoldLaneRows][kLaneColumns],
   }
 }
 
+// The least number that rounds to infinity: half a step above the largest.
+template <DType kDType>
+constexpr float kRoundsToInfinity = kDType == DType::kFloat16    ? 65520.0f
+                                    : kDType == DType::kBFloat16 ? 0x1.FFp127f
+                                                                 : INFINITY;
+
 // W = round(W_init + total) for a lane's rows. Returns whether every result is finite.
 template <DType kDType>
 __device__ bool store_folded(const FoldTask& task,
                              const float (&total)[kFoldLaneRows][kLaneColumns], int row,
                              int64_t column) {
   const FoldLayer& layer = task.layer;
-  const Matrix<const void*> from(layer.initial, layer.in_features);
-  const Matrix<void*> weight(layer.weight, layer.in_features);
+  const int64_t element = row * layer.in_features + column;
+  const LaneRows<const char> from(layer.initial, kDType, layer.in_features, element);
+  const LaneRows<char> weight(layer.weight, kDType, layer.in_features, element);
+  const Extent extent(layer.rows - row, layer.in_features - column);
   bool finite = true;
   constexpr int kTogether = 2;  // rows: more do not fit the registers
 #pragma unroll
   for (int first = 0; first < kFoldLaneRows; first += kTogether) {
     float initial[kTogether][kLaneColumns];
-    load_rows_as<kDType>(initial, from, row + 8 * first, layer.rows, column);
+    load_rows_as<kDType>(initial, from, first, extent);
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int r = row + 8 * (first + i);
-      const int valid = valid_columns(r, layer.rows, column, layer.in_features);
+      const int valid = extent.valid(first + i);
       float sum[kLaneColumns];
 #pragma unroll
       for (int j = 0; j < kLaneColumns; ++j) {
         sum[j] = initial[i][j] + total[first + i][j];
-        float rounded = sum[j];
-        if constexpr (kDType == DType::kBFloat16) rounded = bf16_to_float(float_to_bf16(sum[j]));
-        if constexpr (kDType == DType::kFloat16) rounded = half_to_float(float_to_half(sum[j]));
-        if (j < valid && !(fabsf(rounded) < INFINITY)) finite = false;
+        if (j < valid && !(fabsf(sum[j]) < kRoundsToInfinity<kDType>)) finite = false;
       }
-      store_row<kDType>(weight, r * layer.in_features + column, valid, sum);
+      store_row<kDType>(weight, first + i, valid, sum);
     }
   }
   return finite;
@@ -217,6 +228,7 @@ __global__ void __launch_bounds__(kFoldThreads, 2)
   block_barrier();
   const Lane lane;
   FoldCopies copies;
+  const RegularCopies regular(task);
   constexpr unsigned kAhead = kFoldStages - 1;
   const auto steps = static_cast<unsigned>(task.layer.steps);
   float total[kFoldLaneRows][kLaneColumns] = {};
@@ -230,7 +242,13 @@ __global__ void __launch_bounds__(kFoldThreads, 2)
     }
     const unsigned next = copied % kFoldStages;
     if (copied < steps) {
-      copy_step(copies, next, stages[next], all_steps[task.layer.first_step + copied], task);
+      const FoldStep& step = all_steps[task.layer.first_step + copied];
+      if (threadIdx.x == 0) stages[next].coefficient = step.coefficient;
+      if (step.regular) {
+        regular.copy(stages[next], step);
+      } else {
+        copy_irregular(copies, static_cast<int>(next), stages[next], step, task);
+      }
     }
     copies.publish(next);
     if (copied == 0) {

@@ -65,4 +65,32 @@ __device__ inline Task task_of(const Group& group, int block) {
   return task;
 }
 
+// Where a lane is: its first row and column of a tile, which moves down the task.
+struct Position {
+  int row;
+  int64_t column;
+  int64_t element;  // index in the member's matrices
+  int64_t byte;     // and of its mask in the stacked bits
+  Extent extent;
+
+  __device__ Position(const Group& group, const Member& member, const Task& task, const Lane& lane)
+      : row(task.row + lane.row),
+        column(task.column + lane.warp * kWarpColumns + kLaneColumns * lane.quad),
+        element(row * group.in_features + column),
+        byte((member.first_row + row) * row_bytes(group) + column / kLaneColumns),
+        extent(member.rows - row, group.in_features - column) {}
+
+  // Bytes of a row of bits, which are little-endian words.
+  __device__ static int64_t row_bytes(const Group& group) {
+    return (group.in_features + 31) / 32 * 4;
+  }
+
+  __device__ void next_tile(const Group& group) {
+    row += kTileRows;
+    element += kTileRows * group.in_features;
+    byte += kTileRows * row_bytes(group);
+    extent.rows -= kTileRows;
+  }
+};
+
 }  // namespace stamina::cuda

@@ -181,9 +181,13 @@ struct FoldTables {
 };
 
 // Appends the steps of an adapter of a layer.
-void add_steps(const stamina_adapter& adapter, int64_t in_features, std::vector<FoldStep>& steps) {
+void add_steps(const stamina_adapter& adapter, const stamina_layer& layer,
+               std::vector<FoldStep>& steps) {
+  const int64_t in_features = layer.in_features;
   const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const bool vectors = adapter.rank % 8 == 0 && in_features % kBlockColumns == 0 &&
+  // a vector of bits, 128 weights, is counted in 32 bits
+  const bool counts = layer.out_features < (int64_t{1} << 39) / in_features;
+  const bool vectors = adapter.rank % 8 == 0 && in_features % kBlockColumns == 0 && counts &&
                        is_aligned(adapter.A) && is_aligned(adapter.B) && is_aligned(adapter.bits);
   for (int64_t first = 0; first < adapter.rank; first += kRankStep) {
     const int64_t depth = adapter.rank - first < kRankStep ? adapter.rank - first : kRankStep;
@@ -211,7 +215,7 @@ bool fold_tables(const stamina_layer* layers, int64_t layer_count, const stamina
     const auto first_step = static_cast<int64_t>(tables.steps.size());
     for (int64_t t = used; t < used + layer.adapters; ++t) {
       if (!check_adapter(adapters[t], t)) return false;
-      add_steps(adapters[t], layer.in_features, tables.steps);
+      add_steps(adapters[t], layer, tables.steps);
     }
     const auto end_step = static_cast<int64_t>(tables.steps.size());
     if (!Checks().size("the sum of adapters[*].rank / 16", end_step, 1).ok()) return false;

@@ -88,16 +88,16 @@ __device__ uint32_t draw_row(const float (&logits)[kLaneColumns], float bias,
 // Draws the tile's mask from its logits; with kSums, adds every element's penalty to `sparse`.
 template <bool kSums, bool kHard, bool kRelu>
 __device__ LaneMask draw_mask_as(const Group& group, const Member& member,
-                                 const float (&logits)[kLaneRows][kLaneColumns], int row,
-                                 int64_t column, float& sparse) {
-  const UniformRow uniforms(group, member, member.col0 + column);
+                                 const float (&logits)[kLaneRows][kLaneColumns], const Position& at,
+                                 float& sparse) {
+  const UniformRow uniforms(group, member, member.col0 + at.column);
   const float bias = *member.b;
   LaneMask mask{0};
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
-    const int valid = valid_columns(row + 8 * i, member.rows, column, group.in_features);
     float u[kLaneColumns] = {};
-    if constexpr (!kHard) uniforms.draw(member.row0 + static_cast<uint32_t>(row + 8 * i), u);
+    if constexpr (!kHard) uniforms.draw(member.row0 + static_cast<uint32_t>(at.row + 8 * i), u);
+    const int valid = at.extent.valid(i);
     mask.bits |= draw_row<kSums, kHard, kRelu>(logits[i], bias, u, valid, sparse) << (8 * i);
   }
   return mask;
@@ -105,38 +105,31 @@ __device__ LaneMask draw_mask_as(const Group& group, const Member& member,
 
 template <bool kSums, bool kHard>
 __device__ LaneMask draw_mask_of(const Group& group, const Member& member,
-                                 const float (&logits)[kLaneRows][kLaneColumns], int row,
-                                 int64_t column, float& sparse) {
+                                 const float (&logits)[kLaneRows][kLaneColumns], const Position& at,
+                                 float& sparse) {
   if constexpr (kSums) {
     if (group.relu) {
-      return draw_mask_as<true, kHard, true>(group, member, logits, row, column, sparse);
+      return draw_mask_as<true, kHard, true>(group, member, logits, at, sparse);
     }
   }
-  return draw_mask_as<kSums, kHard, false>(group, member, logits, row, column, sparse);
+  return draw_mask_as<kSums, kHard, false>(group, member, logits, at, sparse);
 }
 
 template <bool kSums>
 __device__ LaneMask draw_mask(const Group& group, const Member& member,
-                              const float (&logits)[kLaneRows][kLaneColumns], int row,
-                              int64_t column, float& sparse) {
-  return group.hard ? draw_mask_of<kSums, true>(group, member, logits, row, column, sparse)
-                    : draw_mask_of<kSums, false>(group, member, logits, row, column, sparse);
-}
-
-// Where a lane's bytes of bits are: byte j >> 3 of a row of little-endian words.
-__device__ inline int64_t bits_index(const Group& group, const Member& member, int row,
-                                     int64_t column) {
-  return (member.first_row + row) * ((group.in_features + 31) / 32 * 4) + column / kLaneColumns;
+                              const float (&logits)[kLaneRows][kLaneColumns], const Position& at,
+                              float& sparse) {
+  return group.hard ? draw_mask_of<kSums, true>(group, member, logits, at, sparse)
+                    : draw_mask_of<kSums, false>(group, member, logits, at, sparse);
 }
 
 // Also writes the zeros that fill the last word of a row.
-__device__ inline void store_mask(const Group& group, const Member& member, LaneMask mask, int row,
-                                  int64_t column) {
-  if (column >= (group.in_features + 31) / 32 * 32) return;
+__device__ inline void store_mask(const Group& group, LaneMask mask, const Position& at) {
+  if (at.column >= (group.in_features + 31) / 32 * 32) return;
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
-    if (row + 8 * i >= member.rows) continue;
-    group.bits[bits_index(group, member, row + 8 * i, column)] =
+    if (8 * i >= at.extent.rows) continue;
+    group.bits[at.byte + 8 * i * Position::row_bytes(group)] =
         static_cast<uint8_t>(mask.bits >> (8 * i));
   }
 }
@@ -153,13 +146,12 @@ struct MaskBytes {
   }
 };
 
-__device__ inline MaskBytes load_mask(const Group& group, const Member& member, int row,
-                                      int64_t column) {
+__device__ inline MaskBytes load_mask(const Group& group, const Position& at) {
   MaskBytes bytes;
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
-    const bool exists = valid_columns(row + 8 * i, member.rows, column, group.in_features) > 0;
-    bytes.row[i] = exists ? group.bits[bits_index(group, member, row + 8 * i, column)] : 0;
+    const int64_t byte = at.byte + 8 * i * Position::row_bytes(group);
+    bytes.row[i] = at.extent.valid(i) > 0 ? group.bits[byte] : 0;
   }
   return bytes;
 }

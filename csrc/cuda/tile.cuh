@@ -139,15 +139,34 @@ __device__ void multiply_split(float (&sum)[kRows][kLaneColumns], const float* l
   }
 }
 
-// A matrix in device memory, row by row, and whether rows and base take 16-byte accesses.
-template <typename Pointer>
-struct Matrix {
-  Pointer data;
-  int64_t columns;
-  bool vectors;
+// A lane's part of a tile of a matrix: eight neighbouring columns of its rows 0, 8, ... Byte: char
+// or const char.
+template <typename Byte>
+struct LaneRows {
+  Byte* first;
+  int64_t step;  // bytes
+  bool vectors;  // whether rows and base take 16-byte accesses
 
-  __device__ Matrix(Pointer p, int64_t columns)
-      : data(p), columns(columns), vectors(columns % kLaneColumns == 0 && is_aligned(p)) {}
+  // matrix: of rows of `columns`; element: index of the lane's first one.
+  template <typename Pointer>
+  __device__ LaneRows(Pointer matrix, DType dtype, int64_t columns, int64_t element)
+      : first(static_cast<Byte*>(matrix) + element * size_of(dtype)),
+        step(8 * columns * size_of(dtype)),
+        vectors(columns % kLaneColumns == 0 && is_aligned(matrix)) {}
+
+  __device__ Byte* row(int i) const { return first + i * step; }
+};
+
+// How much of its tile a lane has: rows of the matrix from its first one on, and of its columns.
+struct Extent {
+  int rows, columns;
+
+  __device__ Extent(int rows, int64_t columns)
+      : rows(rows),
+        columns(columns < kLaneColumns ? (columns < 0 ? 0 : static_cast<int>(columns))
+                                       : kLaneColumns) {}
+
+  __device__ int valid(int i) const { return 8 * i < rows ? columns : 0; }
 };
 
 template <DType kDType>
@@ -189,29 +208,21 @@ __device__ void prefetch_rows(const void* matrix, DType dtype, int64_t features,
   }
 }
 
-// Columns of row and of the lane that exist, at most kLaneColumns.
-__device__ inline int valid_columns(int row, int rows, int64_t column, int64_t columns) {
-  if (row >= rows || column >= columns) return 0;
-  return columns - column < kLaneColumns ? static_cast<int>(columns - column) : kLaneColumns;
-}
-
-// Elements of rows row + 8i and of the lane's columns from `column` on as fp32, zero where none is.
+// Rows `first` to first + kRows - 1 of a lane as fp32, zero where nothing is.
 template <DType kDType, int kRows>
-__device__ void load_rows_as(float (&to)[kRows][kLaneColumns], const Matrix<const void*>& from,
-                             int row, int rows, int64_t column) {
+__device__ void load_rows_as(float (&to)[kRows][kLaneColumns], const LaneRows<const char>& from,
+                             int first, const Extent& extent) {
   if (!from.vectors) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int valid = valid_columns(row + 8 * i, rows, column, from.columns);
-      const int64_t first = (row + 8 * i) * from.columns + column;
 #pragma unroll
       for (int j = 0; j < kLaneColumns; ++j) {
         to[i][j] = 0.0f;
-        if (j >= valid) continue;
+        if (j >= extent.valid(first + i)) continue;
         if constexpr (kDType == DType::kFloat32) {
-          to[i][j] = static_cast<const float*>(from.data)[first + j];
+          to[i][j] = reinterpret_cast<const float*>(from.row(first + i))[j];
         } else {
-          to[i][j] = to_float<kDType>(static_cast<const uint16_t*>(from.data)[first + j]);
+          to[i][j] = to_float<kDType>(reinterpret_cast<const uint16_t*>(from.row(first + i))[j]);
         }
       }
     }
@@ -222,12 +233,10 @@ __device__ void load_rows_as(float (&to)[kRows][kLaneColumns], const Matrix<cons
   uint4 raw[kRows][kVectors];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const bool exists = valid_columns(row + 8 * i, rows, column, from.columns) > 0;
-    const char* p = static_cast<const char*>(from.data) +
-                    ((row + 8 * i) * from.columns + column) * size_of(kDType);
+    const auto* p = reinterpret_cast<const uint4*>(from.row(first + i));
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      raw[i][v] = exists ? reinterpret_cast<const uint4*>(p)[v] : uint4{0, 0, 0, 0};
+      raw[i][v] = extent.valid(first + i) > 0 ? p[v] : uint4{0, 0, 0, 0};
     }
   }
 #pragma unroll
@@ -238,20 +247,20 @@ __device__ void load_rows_as(float (&to)[kRows][kLaneColumns], const Matrix<cons
 }
 
 template <int kRows>
-__device__ void load_rows(float (&to)[kRows][kLaneColumns], const Matrix<const void*>& from,
-                          DType dtype, int row, int rows, int64_t column) {
+__device__ void load_rows(float (&to)[kRows][kLaneColumns], const LaneRows<const char>& from,
+                          DType dtype, int first, const Extent& extent) {
   if (dtype == DType::kFloat32) {
-    load_rows_as<DType::kFloat32>(to, from, row, rows, column);
+    load_rows_as<DType::kFloat32>(to, from, first, extent);
   } else if (dtype == DType::kBFloat16) {
-    load_rows_as<DType::kBFloat16>(to, from, row, rows, column);
+    load_rows_as<DType::kBFloat16>(to, from, first, extent);
   } else {
-    load_rows_as<DType::kFloat16>(to, from, row, rows, column);
+    load_rows_as<DType::kFloat16>(to, from, first, extent);
   }
 }
 
-// One rounding to kDType, the first `valid` of eight elements at `index`.
+// One rounding to kDType, the first `valid` of eight elements of row i.
 template <DType kDType>
-__device__ void store_row(const Matrix<void*>& to, int64_t index, int valid,
+__device__ void store_row(const LaneRows<char>& to, int i, int valid,
                           const float (&from)[kLaneColumns]) {
   if (valid == 0) return;
   if (!to.vectors) {
@@ -259,15 +268,15 @@ __device__ void store_row(const Matrix<void*>& to, int64_t index, int valid,
     for (int j = 0; j < kLaneColumns; ++j) {
       if (j >= valid) continue;
       if constexpr (kDType == DType::kFloat32) {
-        static_cast<float*>(to.data)[index + j] = from[j];
+        reinterpret_cast<float*>(to.row(i))[j] = from[j];
       } else {
-        static_cast<uint16_t*>(to.data)[index + j] =
+        reinterpret_cast<uint16_t*>(to.row(i))[j] =
             kDType == DType::kBFloat16 ? float_to_bf16(from[j]) : float_to_half(from[j]);
       }
     }
     return;
   }
-  uint4* p = reinterpret_cast<uint4*>(static_cast<char*>(to.data) + index * size_of(kDType));
+  auto* p = reinterpret_cast<uint4*>(to.row(i));
   if constexpr (kDType == DType::kFloat32) {
     p[0] = {float_bits(from[0]), float_bits(from[1]), float_bits(from[2]), float_bits(from[3])};
     p[1] = {float_bits(from[4]), float_bits(from[5]), float_bits(from[6]), float_bits(from[7])};

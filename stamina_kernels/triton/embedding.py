@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stamina_kernels.checks import MAX_HIDDEN
 from stamina_kernels.reference import Tensors
 from stamina_kernels.triton.config import launch_options, rank_step
 from stamina_kernels.triton.group import device_table
@@ -56,7 +57,8 @@ def _launch(
         table=device_table(tuple(rows), device),
         tiles=tile_list([(n, 1) for n in counts], height, 1, device),
         make_parts=part_maker(counts, height),
-        constants=launch_options(entry) | {"BH": rank_step(max(hiddens)), "BR": RANK_STEP},
+        # not the widest of the group: an MLP's bits must not depend on its neighbours
+        constants=launch_options(entry) | {"BH": rank_step(MAX_HIDDEN), "BR": RANK_STEP},
     )
 
 

@@ -35,7 +35,9 @@ def device_of(backend):
 
 def leaves(mlps, device="cpu", dtype=torch.float32):
     return [
-        EmbeddingMLP(*(t.to(device, dtype).requires_grad_() for t in mlp[:5]), mlp.transposed)
+        EmbeddingMLP(
+            *(t.to(device, dtype, copy=True).requires_grad_() for t in mlp[:5]), mlp.transposed
+        )
         for mlp in mlps
     ]
 
