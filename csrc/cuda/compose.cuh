@@ -4,9 +4,8 @@
 //
 // A block of four warps serves a task: up to 128 rows x 128 columns of one member, 32 rows at a
 // time. The strips of A, B, U and V that it needs are copied into shared memory once (ranks above
-// 16: again for every 32 rows). From bits, memory binds: W travels through shared memory two tiles
-// ahead. Where the mask is drawn, instructions bind: W and W_init are only called into L2. L is a
-// chain of fp32 multiply-adds, because its rounding decides bits. P is the same chain where W_eff
+// 16: again for every 32 rows); W and W_init travel through shared memory ahead of their use. L is
+// a chain of fp32 multiply-adds, because its rounding decides bits. P is the same chain where W_eff
 // is fp32, and three tf32 products on the matrix units where it has 16 bits. These products are far
 // too thin (rank 16) to bind the matrix units: wgmma, which reads operands from shared memory to
 // feed them faster, would only add waiting.
@@ -71,27 +70,38 @@ struct LowRank {
 
 // Rows of a tile that are loaded together: more do not fit the registers.
 constexpr int kLoadRows = 2;
-constexpr int kTilesAhead = 2;
-using WeightStages = uint4[kTilesAhead][kLaneRows][kComposeThreads];
+// A lane's weights of a tile, 16 bits each.
+using LaneTile = uint4[kLaneRows][kComposeThreads];
 
-// A lane's part of W. A 16-bit W whose rows take 16-byte accesses comes through shared memory,
-// requested kTilesAhead tiles before it is read: every lane copies what it reads itself, so that no
-// barrier is needed, and a tile's place is free once its lane has read it.
+// A lane's part of W or W_init. A 16-bit one whose rows take 16-byte accesses comes through shared
+// memory, requested kAhead tiles before it is read: every lane copies what it reads itself, so that
+// no barrier is needed, and a tile's place is free once its lane has read it. Others are loaded
+// where they are read, and called into L2 before.
+template <int kAhead, bool kInitial>
 class Weights {
  public:
-  __device__ Weights(WeightStages& stages, const Member& member, int64_t in_features)
-      : stages_(stages),
-        weight_(member.weight),
-        dtype_(member.dtype),
-        features_(in_features),
-        ahead_(rows({}).vectors && member.dtype != DType::kFloat32) {}
+  __device__ Weights(LaneTile* places, const Group& group, const Member& member, const Task& task)
+      : places_(places),
+        group_(group),
+        member_(member),
+        ahead_(rows(0).vectors && member.dtype != DType::kFloat32) {
+    if (!exist() || ahead_) return;
+    prefetch_rows<kComposeThreads>(pointer(), member.dtype, group.in_features, task.row, task.rows,
+                                   task.column, task.columns);
+  }
+
+  // Where not, nothing is requested and nothing may be loaded.
+  __device__ bool exist() const { return pointer() != nullptr; }
 
   // Once for every tile, in their order, before it is loaded; also for tiles that do not exist.
-  __device__ void request(int tile, const Position& at) {
-    const LaneRows<const char> from = rows(at.element);
+  // The tile is `below` tiles below `at`.
+  __device__ void request(int tile, const Position& at, int below) {
+    const int skipped = below * kTileRows;
+    const LaneRows<const char> from = rows(at.element + skipped * group_.in_features);
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      if (ahead_ && at.extent.valid(i) > 0) copy_vector_async(place(tile, i), from.row(i));
+      const bool exists = at.extent.valid(i + skipped / 8) > 0;
+      if (ahead_ && exist() && exists) copy_vector_async(place(tile, i), from.row(i));
     }
     commit_async_copies();
   }
@@ -100,13 +110,13 @@ class Weights {
   __device__ void load(float (&to)[kLoadRows][kLaneColumns], int tile, int first,
                        const Position& at) const {
     if (!ahead_) {
-      load_rows(to, rows(at.element), dtype_, first, at.extent);
+      load_rows(to, rows(at.element), member_.dtype, first, at.extent);
       return;
     }
-    wait_async_copies<kTilesAhead - 1>();
+    wait_async_copies<kAhead - 1>();
 #pragma unroll
     for (int i = 0; i < kLoadRows; ++i) {
-      if (dtype_ == DType::kBFloat16) {
+      if (member_.dtype == DType::kBFloat16) {
         unpack_vector<DType::kBFloat16>(to[i], *place(tile, first + i));
       } else {
         unpack_vector<DType::kFloat16>(to[i], *place(tile, first + i));
@@ -115,28 +125,23 @@ class Weights {
   }
 
  private:
+  __device__ const void* pointer() const { return kInitial ? member_.initial : member_.weight; }
   __device__ LaneRows<const char> rows(int64_t element) const {
-    return {weight_, dtype_, features_, element};
+    return {pointer(), member_.dtype, group_.in_features, element};
   }
-  __device__ uint4* place(int tile, int i) const {
-    return &stages_[tile % kTilesAhead][i][threadIdx.x];
-  }
+  __device__ uint4* place(int tile, int i) const { return &places_[tile % kAhead][i][threadIdx.x]; }
 
-  WeightStages& stages_;
-  const void* weight_;
-  DType dtype_;
-  int64_t features_;
+  LaneTile* places_;
+  const Group& group_;
+  const Member& member_;
   bool ahead_;
 };
 
 // The part of the statistics of rows `first`, first + 1 of a lane.
-__device__ inline void add_forget(const Group& group, const Member& member, LaneMask mask,
-                                  const float (&product)[kLaneRows][kLaneColumns],
-                                  const float (&weight)[kLoadRows][kLaneColumns], int first,
-                                  float scale, const Position& at, Sums& sums) {
-  float initial[kLoadRows][kLaneColumns];
-  load_rows(initial, {member.initial, member.dtype, group.in_features, at.element}, member.dtype,
-            first, at.extent);
+__device__ inline void add_forget(LaneMask mask, const float (&product)[kLaneRows][kLaneColumns],
+                                  const float (&weight)[kLoadRows][kLaneColumns],
+                                  const float (&initial)[kLoadRows][kLaneColumns], int first,
+                                  float scale, Sums& sums) {
 #pragma unroll
   for (int i = 0; i < kLoadRows; ++i) {
 #pragma unroll
@@ -150,24 +155,18 @@ __device__ inline void add_forget(const Group& group, const Member& member, Lane
   }
 }
 
-// W_eff of a tile, rounded once, and with kSums its part of the statistics. load(weight, first)
-// gives rows `first`, first + 1 of a lane of W.
-template <DType kOut, bool kSums, typename Load>
+// W_eff of a tile, rounded once. load(weight, first) gives rows `first`, first + 1 of a lane of W,
+// and adds their part of the statistics where they are wanted.
+template <DType kOut, typename Load>
 __device__ void apply(const Group& group, const Member& member, LaneMask mask,
                       const float (&product)[kLaneRows][kLaneColumns], float scale,
-                      const Position& at, Sums& sums, const Load& load) {
+                      const Position& at, const Load& load) {
   const LaneRows<char> effective(group.effective, kOut, group.in_features,
                                  at.element + member.first_row * group.in_features);
-  if constexpr (kSums) sums.kept += __popc(mask.bits);
 #pragma unroll
   for (int first = 0; first < kLaneRows; first += kLoadRows) {
     float weight[kLoadRows][kLaneColumns];
     load(weight, first);
-    if constexpr (kSums) {
-      if (member.initial != nullptr) {
-        add_forget(group, member, mask, product, weight, first, scale, at, sums);
-      }
-    }
 #pragma unroll
     for (int i = 0; i < kLoadRows; ++i) {
       float sum[kLaneColumns];
@@ -200,10 +199,13 @@ __device__ inline void prefetch_bits(const Group& group, const Member& member, c
 }
 static_assert(kComposeThreads == kTaskRows);
 
+constexpr int kTilesAhead = 2;
+using TilesAhead = LaneTile[kTilesAhead];
+
 template <DType kOut>
 __device__ void compose_task(const Group& group) {
   STAMINA_SHARED(ComposeFactors, for_product);
-  STAMINA_SHARED(WeightStages, stages);
+  STAMINA_SHARED(TilesAhead, places);
   STAMINA_SHARED(uint64_t, barrier);
   const Task task = task_of(group, static_cast<int>(blockIdx.x));
   const Member& member = group.member[task.member];
@@ -213,42 +215,41 @@ __device__ void compose_task(const Group& group) {
   int parity = 0;
   const LowRank product(for_product, member.A, member.B, member.rank, task);
   const int warp_column = lane.warp * kWarpColumns;
-  Position at(group, member, task, lane), ahead = at;
-  Weights weights(stages, member, features);
+  Position at(group, member, task, lane);
 
   if (product.stays()) product.stage(copies, task, features, 0, task.rows, 0);
   copies.publish(0);
-  for (int tile = 0; tile < kTilesAhead; ++tile) {
-    weights.request(tile, ahead);
-    ahead.next_tile(group);
-  }
   prefetch_bits(group, member, task);
+  Weights<kTilesAhead, false> weights(places, group, member, task);
+  for (int tile = 0; tile < kTilesAhead; ++tile) weights.request(tile, at, tile);
   const float scale = *group.scale;
+  MaskBytes bytes = load_mask(group, at);
   copies.wait<kTilesAhead>(0, parity);
   parity ^= 1;
   block_barrier();
 
-  Sums unused;
 #pragma unroll 1
   for (int tile = 0; tile * kTileRows < task.rows; ++tile) {
-    const MaskBytes bytes = load_mask(group, at);
     float sum[kLaneRows][kLaneColumns] = {};
     product.for_steps(copies, parity, task, tile * kTileRows, features,
                       [&](const float* left, const float* right) {
                         add_product<kOut>(sum, left, right + warp_column, lane);
                       });
-    apply<kOut, false>(group, member, bytes.mask(), sum, scale, at, unused,
-                       [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
-                         weights.load(weight, tile, first, at);
-                       });
-    weights.request(tile + kTilesAhead, ahead);
+    apply<kOut>(group, member, bytes.mask(), sum, scale, at,
+                [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
+                  weights.load(weight, tile, first, at);
+                });
     at.next_tile(group);
-    ahead.next_tile(group);
+    weights.request(tile + kTilesAhead, at, kTilesAhead - 1);
+    bytes = load_mask(group, at);
   }
 }
 
+// The tile of W and W_init that is on its way while the one before it is computed.
+using TileInFlight = LaneTile[2];
+
 template <bool kComposes, DType kOut>
-__device__ void sample_task(const Group& group) {
+__device__ void sample_task(const Group& group, LaneTile* places) {
   STAMINA_SHARED(ComposeFactors, for_mask);
   STAMINA_SHARED(ComposeFactors, for_product);
   STAMINA_SHARED(uint64_t, barrier);
@@ -264,28 +265,22 @@ __device__ void sample_task(const Group& group) {
   Position at(group, member, task, lane);
 
   if (logits.stays()) logits.stage(copies, task, features, 0, task.rows, 0);
-  if constexpr (kComposes) {
-    if (product.stays()) product.stage(copies, task, features, 0, task.rows, 0);
-  }
+  if (kComposes && product.stays()) product.stage(copies, task, features, 0, task.rows, 0);
   copies.publish(0);
-  if constexpr (kComposes) {
-    const auto call = [&](const void* weights) {
-      prefetch_rows<kComposeThreads>(weights, member.dtype, features, task.row, task.rows,
-                                     task.column, task.columns);
-    };
-    call(member.weight);
-    if (member.initial != nullptr) call(member.initial);
-  }
+  Weights<1, false> weights(places, group, member, task);
+  Weights<1, true> initials(places + 1, group, member, task);
+  weights.request(0, at, 0);
+  initials.request(0, at, 0);
   const float scale = kComposes ? *group.scale : 0.0f;
-  copies.wait<0>(0, parity);
+  copies.wait<2>(0, parity);
   parity ^= 1;
   block_barrier();
 
   Sums sums{0.0f, 0.0f, 0, 0};
 #pragma unroll 1
-  for (int tile = 0; tile < task.rows; tile += kTileRows) {
+  for (int tile = 0; tile * kTileRows < task.rows; ++tile) {
     float sum[kLaneRows][kLaneColumns] = {};
-    logits.for_steps(copies, parity, task, tile, features,
+    logits.for_steps(copies, parity, task, tile * kTileRows, features,
                      [&](const float* left, const float* right) {
                        multiply_chain(sum, left + lane.row * kRankStep,
                                       right + warp_column + kLaneColumns * lane.quad);
@@ -294,24 +289,32 @@ __device__ void sample_task(const Group& group) {
     store_mask(group, mask, at);
     if constexpr (kComposes) {
       float delta[kLaneRows][kLaneColumns] = {};
-      product.for_steps(copies, parity, task, tile, features,
+      product.for_steps(copies, parity, task, tile * kTileRows, features,
                         [&](const float* left, const float* right) {
                           add_product<kOut>(delta, left, right + warp_column, lane);
                         });
-      apply<kOut, true>(group, member, mask, delta, scale, at, sums,
-                        [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
-                          load_rows(weight, {member.weight, member.dtype, features, at.element},
-                                    member.dtype, first, at.extent);
-                        });
+      sums.kept += __popc(mask.bits);
+      apply<kOut>(group, member, mask, delta, scale, at,
+                  [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
+                    weights.load(weight, tile, first, at);
+                    if (!initials.exist()) return;
+                    float initial[kLoadRows][kLaneColumns];
+                    initials.load(initial, tile, first, at);
+                    add_forget(mask, delta, weight, initial, first, scale, sums);
+                  });
     }
     at.next_tile(group);
+    if constexpr (kComposes) {
+      weights.request(tile + 1, at, 0);
+      initials.request(tile + 1, at, 0);
+    }
   }
   if constexpr (kComposes) store_sums<kComposeThreads>(sums, group.partials + blockIdx.x);
 }
 
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     sample_kernel(const __grid_constant__ Group group) {
-  sample_task<false, DType::kFloat32>(group);
+  sample_task<false, DType::kFloat32>(group, nullptr);
 }
 
 template <DType kOut>
@@ -323,7 +326,8 @@ __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
 template <DType kOut>
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     sample_compose_kernel(const __grid_constant__ Group group) {
-  sample_task<true, kOut>(group);
+  STAMINA_DYNAMIC_SHARED(TileInFlight, places);
+  sample_task<true, kOut>(group, places);
 }
 
 struct Statistics {

@@ -48,6 +48,10 @@ struct FoldStage {
 };
 
 using FoldStages = FoldStage[kFoldStages];
+// Steps of a layer that are in shared memory at a time: read from device memory one by one, each
+// would keep its block waiting.
+constexpr unsigned kStepsHeld = 64;
+using HeldSteps = FoldStep[kStepsHeld];
 using FoldCopies = Copies<kFoldThreads, kFoldStages, false>;
 
 // In shared memory, where it takes no registers.
@@ -220,6 +224,7 @@ __global__ void __launch_bounds__(kFoldThreads, 2)
     fold_kernel(const FoldLayer* layers, int32_t count, const FoldStep* all_steps,
                 int32_t* overflow) {
   STAMINA_SHARED(FoldStages, stages);
+  STAMINA_SHARED(HeldSteps, held);
   STAMINA_SHARED(FoldTask, task);
   if (threadIdx.x < 32) {
     const int block = static_cast<int>(blockIdx.x), number = layer_of_task(layers, count, block);
@@ -242,7 +247,15 @@ __global__ void __launch_bounds__(kFoldThreads, 2)
     }
     const unsigned next = copied % kFoldStages;
     if (copied < steps) {
-      const FoldStep& step = all_steps[task.layer.first_step + copied];
+      if (copied % kStepsHeld == 0) {
+        block_barrier();
+        const unsigned step = copied + threadIdx.x;
+        if (threadIdx.x < kStepsHeld && step < steps) {
+          held[threadIdx.x] = all_steps[task.layer.first_step + step];
+        }
+        block_barrier();
+      }
+      const FoldStep& step = held[copied % kStepsHeld];
       if (threadIdx.x == 0) stages[next].coefficient = step.coefficient;
       if (step.regular) {
         regular.copy(stages[next], step);

@@ -140,7 +140,7 @@ struct LaunchCompose {
   void* stream;
   template <DType kOut>
   const char* operator()() const {
-    return launch(compose_kernel<kOut>, tasks, kComposeThreads, stream, group);
+    return launch(compose_kernel<kOut>, {tasks, kComposeThreads}, stream, group);
   }
 };
 
@@ -150,7 +150,8 @@ struct LaunchSampleCompose {
   void* stream;
   template <DType kOut>
   const char* operator()() const {
-    return launch(sample_compose_kernel<kOut>, tasks, kComposeThreads, stream, group);
+    return launch(sample_compose_kernel<kOut>, {tasks, kComposeThreads, sizeof(TileInFlight)},
+                  stream, group);
   }
 };
 
@@ -258,7 +259,7 @@ int stamina_sample(const stamina_member* members, int64_t count, int64_t in_feat
   group.bits = static_cast<uint8_t*>(bits);
   return launch_group(group, members, count, in_features,
                       [&](const Group& part, int64_t tasks, int64_t, int64_t) {
-                        return launch(sample_kernel, tasks, kComposeThreads, stream, part);
+                        return launch(sample_kernel, {tasks, kComposeThreads}, stream, part);
                       });
 }
 
@@ -328,7 +329,7 @@ int stamina_sample_compose(const stamina_member* members, int64_t count, int64_t
                         const Statistics out{static_cast<float*>(forget) + first_member,
                                              static_cast<float*>(sparse) + first_member,
                                              static_cast<int64_t*>(counts) + 2 * first_member};
-                        return launch(statistics_kernel, part.members, 32, stream, part, out,
+                        return launch(statistics_kernel, {part.members, 32}, stream, part, out,
                                       static_cast<int32_t>(tasks));
                       });
 }
@@ -365,7 +366,7 @@ int stamina_fold(const stamina_layer* layers, int64_t layer_count, const stamina
   const char* error = copy_to_device(device_layers, tables.layers, stream);
   if (error == nullptr) error = copy_to_device(device_steps, tables.steps, stream);
   if (error == nullptr) {
-    error = launch(fold_kernel, tables.tasks, kFoldThreads, stream,
+    error = launch(fold_kernel, {tables.tasks, kFoldThreads}, stream,
                    static_cast<const FoldLayer*>(device_layers), static_cast<int32_t>(layer_count),
                    static_cast<const FoldStep*>(device_steps), static_cast<int32_t*>(overflow));
   }

@@ -11,6 +11,10 @@
 
 // A variable in shared memory.
 #define STAMINA_SHARED(type, name) __shared__ type name
+// One more, of the size that the launch gives: beyond 48 KiB in all a block has to ask for it.
+#define STAMINA_DYNAMIC_SHARED(type, name)        \
+  extern __shared__ __align__(16) char name##_[]; \
+  type& name = *reinterpret_cast<type*>(name##_)
 
 namespace stamina::cuda {
 
@@ -155,14 +159,28 @@ struct Exactly {
   using Type = T;
 };
 
+// A grid, and what a block takes beyond its static shared memory.
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int dynamic_bytes = 0;
+};
+
 // Null, or what went wrong.
 template <typename... Parameters>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+const char* launch(void (*kernel)(Parameters...), Grid grid, void* stream,
                    typename Exactly<Parameters>::Type... arguments) {
   void* pointers[] = {&arguments...};
-  const cudaError_t error =
-      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, 0,
-                       static_cast<cudaStream_t>(stream));
+  cudaError_t error = cudaSuccess;
+  if (grid.dynamic_bytes > 0) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 grid.dynamic_bytes);
+  }
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads),
+                             pointers, static_cast<size_t>(grid.dynamic_bytes),
+                             static_cast<cudaStream_t>(stream));
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

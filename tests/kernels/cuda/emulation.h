@@ -190,6 +190,8 @@ inline bool is_multiple(const void* p, size_t of) {
   static ::stamina::emulation::Shared<type> name##_; \
   type& name = name##_.get()
 
+#define STAMINA_DYNAMIC_SHARED(type, name) STAMINA_SHARED(type, name)
+
 namespace stamina::cuda {
 
 namespace host = ::stamina::emulation;
@@ -327,16 +329,21 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   while ((*barrier & 1) == parity) host::give_way();
 }
 
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int dynamic_bytes = 0;
+};
+
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
-                   const Arguments&... arguments) {
+const char* launch(void (*kernel)(Parameters...), Grid grid, void*, const Arguments&... arguments) {
   const auto call = [&] { kernel(arguments...); };
   host::run_argument = const_cast<void*>(static_cast<const void*>(&call));
   host::run_thread = [](void* p) { (*static_cast<decltype(call)*>(p))(); };
-  blockDim.x = static_cast<unsigned>(threads);
-  for (int64_t block = 0; block < blocks; ++block) {
+  blockDim.x = static_cast<unsigned>(grid.threads);
+  for (int64_t block = 0; block < grid.blocks; ++block) {
     blockIdx.x = static_cast<unsigned>(block);
-    host::run_block(threads);
+    host::run_block(grid.threads);
   }
   host::run_argument = nullptr;
   return nullptr;
