@@ -6,7 +6,7 @@
 # --output   where results go; every stage's file is there as soon as the stage has rows
 # --wheels   wheels to install first, such as diffusers and lycoris-lora; nothing is downloaded
 # --seconds  all that may be used, 540 unless told; what no longer fits is left out and said so
-# --stages   of: build tests gpu-ops gpu-step gpu-kv gpu-unet pictures; separated by commas
+# --stages   of: build tests gpu-unet gpu-ops gpu-step gpu-kv pictures; separated by commas
 # --dry-run  the same on the CPU in small, without installing anything
 #
 # Needs Python with torch, Triton, setuptools, wheel, pytest, matplotlib, typer, rich and pydantic,
@@ -17,7 +17,7 @@ set -uo pipefail
 fail() { echo "gpu.sh: $*" >&2; exit 2; }
 
 output='' wheels='' seconds=540 dry=0
-stages=build,tests,gpu-ops,gpu-step,gpu-kv,gpu-unet,pictures
+stages=build,tests,gpu-unet,gpu-ops,gpu-step,gpu-kv,pictures
 while [ $# -gt 0 ]; do
   case "$1" in
     --output | --wheels | --seconds | --stages)
@@ -119,12 +119,12 @@ pictures() {
 export -f build tests suite pictures
 export python site wheels output device dry quick collect
 
-stage build 110 build
-stage tests 140 tests
+stage build 60 build
+stage tests 120 tests
+stage gpu-unet 110 suite gpu-unet
 stage gpu-ops 75 suite gpu-ops
-stage gpu-step 75 suite gpu-step
-stage gpu-kv 80 suite gpu-kv
-stage gpu-unet 60 suite gpu-unet
+stage gpu-step 90 suite gpu-step
+stage gpu-kv 75 suite gpu-kv
 stage pictures 60 pictures
 
 if [ -e "$output/tables.md" ]; then

@@ -25,7 +25,7 @@ from benchmarks.suites.suite import (
     time_all,
     why_missing,
 )
-from benchmarks.summary import Summary, Table
+from benchmarks.summary import Summary, Table, mean_ratio
 
 ROUNDS = 10
 AT_ONCE = MemoryCase("sdxl-140 at once", (SDXL_AT_ONCE,))
@@ -101,15 +101,32 @@ def _tasks(settings: Settings) -> list[Task]:
 def _summary(rows: list[Row]) -> Summary:
     """Times of every rival over ours; ours over LoRA's in time and in memory."""
     table, found = Table(rows), Summary()
+    at_once = [case for case in table.cases if case.startswith(AT_ONCE.label)]
     rivals = [name for name in (*RIVALS_HERE, COMPILED) if any(r["provider"] == name for r in rows)]
     for provider in gpu.backends_that_ran(rows):
         for rival in rivals:
             name = f"step.{provider}.over.{rival}"
             found |= gpu.ratios(table, table.cases, rival, provider, name)
+            if at_once:
+                found |= _at_once_ratios(table, at_once, rival, provider)
         if "peft" in rivals:
             found |= gpu.ratios(table, table.cases, provider, "peft", f"step.{provider}.of_lora")
             found[f"step.{provider}.of_lora.peak"] = gpu.peak_ratio(table, provider, "peft")
     return found
+
+
+def _at_once_ratios(table: Table, cases: Sequence[str], rival: str, provider: str) -> Summary:
+    """A rival's time over ours with all layers at once, as the processors launch them: the same
+    weights, which no rival can batch."""
+    return {
+        f"step.{provider}.at_once.over.{rival}.{clock}": mean_ratio(
+            cases,
+            lambda case: table.find(case.replace(AT_ONCE.label, SDXL.label), rival),
+            lambda case: table.find(case, provider),
+            value,
+        )
+        for clock, value in gpu.CLOCKS.items()
+    }
 
 
 SUITE = Suite(
@@ -119,7 +136,7 @@ SUITE = Suite(
     _tasks,
     _summary,
     goals={
-        **gpu.goals(("step.{}.over.eager.device",), ">= 10"),
+        **gpu.goals(("step.{}.over.eager.device", "step.{}.at_once.over.eager.device"), ">= 10"),
         **gpu.goals(("step.{}.over.eager.compile.device",), ">= 3"),
         **gpu.goals(("step.{}.over.loha.device",), "> 1"),
         **gpu.goals(("step.{}.of_lora.peak",), "<= 1.02"),

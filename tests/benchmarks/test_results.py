@@ -69,7 +69,7 @@ NOT_RUN_QUICKLY = {"memory.sdxl_ours_over_eager", "scale.peft_50_over_1"}
 MAYBE_NOTHING = of_lora("step", "peak") | of_lora("unet", "peak")
 ON_DEVICES = [suite for suite in SUITES if suite.startswith("gpu-")]
 
-RUN_IN_FULL = re.compile("fold_1|compile")
+RUN_IN_FULL = re.compile("fold_1|compile|at_once")
 
 every_suite = pytest.mark.parametrize("suite", SUITES)
 
