@@ -62,7 +62,7 @@ class SharedProjections:
             x = args[self._position]
         if not isinstance(x, Tensor) or self._runs_again():
             return
-        layers = self._layers()
+        layers = self._layers(x.device)
         if len(layers) < 2:
             return
         self._source = x
@@ -86,12 +86,12 @@ class SharedProjections:
             m.gradient_checkpointing for m in self._checkpointing
         )
 
-    def _layers(self) -> list[Any]:
-        """The projections that can be launched together now."""
+    def _layers(self, device: torch.device) -> list[Any]:
+        """The projections that can be launched together now; offloading brings others later."""
         layers = [
             layer
             for attn in self._attentions
             if getattr(attn.processor, "shared", None) is self
             for layer in (attn.to_k, attn.to_v)
         ]
-        return [layer for layer in layers if shares_launch(layer)]
+        return [layer for layer in layers if shares_launch(layer) and layer.weight.device == device]

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from stamina_adapters import linear, set_stamina_attn_processor, stamina_parameters
+from torch import nn
 
 
 @pytest.fixture
@@ -117,6 +118,26 @@ def test_layers_with_hooks_and_replicas_share_nothing(unet, inputs, sizes):
     sizes.clear()
     unet._is_replica = True
     unet(*inputs)
+    assert sizes == [2] * 4
+
+
+def test_weights_that_come_with_the_forward_are_waited_for(unet, inputs, sizes):
+    """As where accelerate offloads a whole model: its forward brings the weights, after hooks."""
+    want = unet(*inputs).sample
+    original = unet.forward
+    layers = [m for name, m in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    weights = [layer.weight for layer in layers]
+
+    def bring(*arguments):
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = weight
+        return original(*arguments)
+
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+    unet.forward = bring
+    sizes.clear()
+    torch.testing.assert_close(unet(*inputs).sample, want)
     assert sizes == [2] * 4
 
 
