@@ -15,8 +15,9 @@
 
 namespace stamina::cuda {
 
-constexpr int kComposeBlocks =
-    4;  // on a multiprocessor at a time, at least: 128 registers a thread
+// That the registers of a multiprocessor have room for: 128 a thread. On sm_80 shared memory has
+// room for three of those that draw and compose.
+constexpr int kComposeBlocks = 4;
 
 using ComposeCopies = Copies<kComposeThreads, 1, true>;
 using ComposeFactors = Factors<float, kTaskRows>;
@@ -269,10 +270,12 @@ __device__ void sample_task(const Group& group, LaneTile* places) {
   copies.publish(0);
   Weights<1, false> weights(places, group, member, task);
   Weights<1, true> initials(places + 1, group, member, task);
-  weights.request(0, at, 0);
-  initials.request(0, at, 0);
+  if constexpr (kComposes) {
+    weights.request(0, at, 0);
+    initials.request(0, at, 0);
+  }
   const float scale = kComposes ? *group.scale : 0.0f;
-  copies.wait<2>(0, parity);
+  copies.wait<kComposes ? 2 : 0>(0, parity);
   parity ^= 1;
   block_barrier();
 

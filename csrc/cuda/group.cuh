@@ -71,14 +71,14 @@ struct Position {
   int64_t column;
   int64_t element;  // index in the member's matrices
   int64_t byte;     // and of its mask in the stacked bits
-  Extent extent;
+  Extent extent;    // of the task: what lies below is another's
 
   __device__ Position(const Group& group, const Member& member, const Task& task, const Lane& lane)
       : row(task.row + lane.row),
         column(task.column + lane.warp * kWarpColumns + kLaneColumns * lane.quad),
         element(row * group.in_features + column),
         byte((member.first_row + row) * row_bytes(group) + column / kLaneColumns),
-        extent(member.rows - row, group.in_features - column) {}
+        extent(task.rows - lane.row, group.in_features - column) {}
 
   // Bytes of a row of bits, which are little-endian words.
   __device__ static int64_t row_bytes(const Group& group) {

@@ -79,6 +79,7 @@ inline std::vector<Meeting> warp_meetings;
 inline std::vector<std::pair<void*, size_t>> shared_variables;
 inline void (*run_thread)(void*) = nullptr;
 inline void* run_argument = nullptr;
+inline size_t dynamic_bytes = 0;  // that the launch gives
 
 inline void give_way() {
   if (_setjmp(fibers[current]->state) == 0) _longjmp(scheduler, 1);
@@ -190,7 +191,9 @@ inline bool is_multiple(const void* p, size_t of) {
   static ::stamina::emulation::Shared<type> name##_; \
   type& name = name##_.get()
 
-#define STAMINA_DYNAMIC_SHARED(type, name) STAMINA_SHARED(type, name)
+#define STAMINA_DYNAMIC_SHARED(type, name)                                            \
+  ::stamina::emulation::require(sizeof(type) == ::stamina::emulation::dynamic_bytes); \
+  STAMINA_SHARED(type, name)
 
 namespace stamina::cuda {
 
@@ -340,6 +343,7 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, void*, const Argume
   const auto call = [&] { kernel(arguments...); };
   host::run_argument = const_cast<void*>(static_cast<const void*>(&call));
   host::run_thread = [](void* p) { (*static_cast<decltype(call)*>(p))(); };
+  host::dynamic_bytes = static_cast<size_t>(grid.dynamic_bytes);
   blockDim.x = static_cast<unsigned>(grid.threads);
   for (int64_t block = 0; block < grid.blocks; ++block) {
     blockIdx.x = static_cast<unsigned>(block);
