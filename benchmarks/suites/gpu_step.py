@@ -116,8 +116,8 @@ def _summary(rows: list[Row]) -> Summary:
 
 
 def _at_once_ratios(table: Table, cases: Sequence[str], rival: str, provider: str) -> Summary:
-    """A rival's time over ours with all layers at once, as the processors launch them: the same
-    weights, which no rival can batch."""
+    """A rival's time over ours with all layers in one group: the same weights, which no rival can
+    batch."""
     return {
         f"step.{provider}.at_once.over.{rival}.{clock}": mean_ratio(
             cases,

@@ -59,25 +59,31 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 class _AttachPenalties(torch.autograd.Function):
-    """Identity on y whose backward sends the weights of the two scalars into their graph."""
+    """Identity on the outputs of a group's layers, whose backward sends the weights of the two
+    scalars of each layer whose output has a gradient into their graph."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
         forget: Tensor,
         sparse: Tensor,
         forget_weight: Tensor,
         sparse_weight: Tensor,
-    ) -> Tensor:
+        *outputs: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(forget_weight, sparse_weight)
+        ctx.set_materialize_grads(False)
         # not a view: callers may change y in place, as they may the output of nn.Linear
-        return y.detach()
+        return tuple(y.detach() for y in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         forget_weight, sparse_weight = ctx.saved_tensors
-        return grads[0], forget_weight.clone(), sparse_weight.clone(), None, None
+        used = [g is not None for g in grads]
+        if all(used):
+            return forget_weight.clone(), sparse_weight.clone(), None, None, *grads
+        chosen = forget_weight.new_tensor(used)
+        return forget_weight * chosen, sparse_weight * chosen, None, None, *grads
 
 
 class StaminaLinear(nn.Linear):
@@ -253,16 +259,14 @@ def _operator(layers: Sequence[StaminaLinear], x: Tensor) -> Any:
 def project_group(layers: Sequence[StaminaLinear], x: Tensor) -> tuple[Tensor, ...]:
     """[layer(x) for layer in layers] of layers that fit into one group, in one launch."""
     output = _operator(layers, x)
-    y = _AttachPenalties.apply(
-        output.y,
+    outputs: tuple[Tensor, ...] = _AttachPenalties.apply(
         output.forget,
         output.sparse,
         torch.stack([layer.forget_weight for layer in layers]),
         torch.stack([layer.sparse_weight for layer in layers]),
+        *output.y.split([layer.out_features for layer in layers], dim=-1),
     )
-    if len(layers) == 1:
-        return (cast(Tensor, y),)
-    return cast(Tensor, y).split([layer.out_features for layer in layers], dim=-1)
+    return outputs
 
 
 def shares_launch(layer: nn.Module) -> bool:

@@ -17,7 +17,7 @@ class StaminaAttnProcessor2_0:
 
     Holds no weights: losing it loses speed, never an adapter. Layers that are not `StaminaLinear`
     are called as they are. For the `Attention` class of diffusers' UNets. Processors of one model
-    with a common `shared` have K and V of all their cross-attention layers computed at its entry.
+    with a common `shared` have K and V of all their cross-attention layers computed together.
     """
 
     def __init__(self, shared: SharedProjections | None = None) -> None:
@@ -119,13 +119,13 @@ def _stamina_processor(processor: Any) -> Any:
 def set_stamina_attn_processor(pipe_or_unet: Any, *, share: bool = True) -> list[str]:
     """Put our processors where diffusers' default or xFormers processor is; returns those names.
 
-    share: K and V of all cross-attention layers are computed together where the model is entered.
-    Turn it off where something other than diffusers' gradient checkpointing, which is looked for,
-    runs parts of the model again for the backward.
+    share: K and V of all cross-attention layers are computed together by the first of them. Turn it
+    off where something other than diffusers' gradient checkpointing, which is looked for, runs
+    parts of the model again for the backward. A second call changes it.
 
     Other processors (IP-Adapter, slicing) stay: adapters work under them, one launch per layer.
     `unload_stamina` puts the replaced ones back. Raises TypeError for a model without processors,
-    ValueError where none of them can be replaced.
+    ValueError where none of them is ours or can be replaced.
     """
     model: Any = adapted_model(pipe_or_unet)
     if not hasattr(model, "attn_processors"):
@@ -133,7 +133,8 @@ def set_stamina_attn_processor(pipe_or_unet: Any, *, share: bool = True) -> list
     processors = model.attn_processors
     ours = {name: _stamina_processor(processor) for name, processor in processors.items()}
     replaced = {name: p for name, p in processors.items() if ours[name] is not None}
-    if not replaced:
+    there = any(isinstance(p, StaminaAttnProcessor2_0) for p in processors.values())
+    if not replaced and not there:
         kinds = sorted({type(p).__name__ for p in processors.values()})
         raise ValueError(
             "no processor is AttnProcessor2_0 or XFormersAttnProcessor, there are only "
@@ -142,6 +143,7 @@ def set_stamina_attn_processor(pipe_or_unet: Any, *, share: bool = True) -> list
     model.set_attn_processor({name: ours[name] or p for name, p in processors.items()})
     state = find_state(model) or ModelState()
     state.replaced_processors.update(replaced)
+    _stop_sharing(state)
     if share:
         _share(model, state)
     keep_state(model, state)
@@ -157,7 +159,6 @@ def _share(model: Any, state: ModelState) -> None:
     shared = SharedProjections(model, attentions)
     for attention in attentions:
         attention.processor.shared = shared
-    _stop_sharing(state)
     state.sharing_hooks = shared.hook(model)
 
 

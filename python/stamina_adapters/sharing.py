@@ -2,7 +2,7 @@
 """Keys and values of all cross-attention layers of a model at once.
 
 They depend on the encoder's states alone, which a denoiser hands to every layer as they are. So
-they can be computed together where the model is entered: a few launches instead of one a layer.
+the first layer of a forward computes them for all: a few launches instead of one a layer.
 """
 
 import inspect
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stamina_adapters.hooks import has_hooks
 from stamina_adapters.linear import launch_groups, project_group, project_together, shares_launch
 
 _log = logging.getLogger(__name__)
@@ -23,20 +24,26 @@ _SOURCE = "encoder_hidden_states"
 class SharedProjections:
     """What the attention processors of one model compute together.
 
-    At the model's entry the encoder's states are projected by every adapted K and V of
-    `attentions` whose processor has this object as `shared`; `project` hands the results out.
-    Layers whose results a whole forward did not use are left out from then on. Nothing is shared
-    while gradient checkpointing is on, which runs parts of the forward again, while the model is
-    compiled, and in replicas of `nn.DataParallel`.
+    While the model's forward runs, the first processor that projects the very tensor that the model
+    was given has it projected by every adapted K and V of `attentions` whose processor has this
+    object as `shared`; the others find their results in `project`. Layers whose results a whole
+    forward did not use are left out from then on. Nothing is shared while gradient checkpointing is
+    on, which runs parts of the forward again, while the model or a part of it is compiled, in
+    replicas of `nn.DataParallel`, and with blocks that something hooks or offloads.
     """
 
     def __init__(self, model: nn.Module, attentions: Sequence[Any]) -> None:
         parameters = list(inspect.signature(model.forward).parameters)
         self._position = parameters.index(_SOURCE) if _SOURCE in parameters else None
         self._attentions = [a for a in attentions if a.is_cross_attention and not a.norm_cross]
+        self._around = {a: _blocks_around(model, a) for a in self._attentions}
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._source: Tensor | None = None
-        self._outputs: dict[nn.Module, Tensor] = {}
+        self._outputs: dict[nn.Module, Tensor] | None = None  # None until a layer asks
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a model take nothing of a forward along."""
+        return vars(self) | {"_source": None, "_outputs": None}
 
     def hook(self, model: nn.Module) -> list[RemovableHandle]:
         """Install it at the entry and the exit of `model`."""
@@ -46,12 +53,21 @@ class SharedProjections:
         ]
 
     def project(self, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
-        """[layer(x) for layer in layers], from what was computed at the entry where that is it."""
-        if x is not self._source or self._outputs.keys().isdisjoint(layers):
+        """[layer(x) for layer in layers], computed for the other processors too."""
+        if torch.compiler.is_compiling() or x is not self._source:
             return project_together(layers, x)
-        return [
-            self._outputs.pop(layer) if layer in self._outputs else layer(x) for layer in layers
-        ]
+        if self._outputs is None:
+            self._outputs = self._compute(x)
+        found = self._outputs
+        if found.keys().isdisjoint(layers):
+            return project_together(layers, x)
+        return [found.pop(layer) if layer in found else layer(x) for layer in layers]
+
+    def _compute(self, x: Tensor) -> dict[nn.Module, Tensor]:
+        outputs: dict[nn.Module, Tensor] = {}
+        for group in launch_groups(self._layers()):
+            outputs.update(zip(group, project_group(group, x), strict=True))
+        return outputs
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or getattr(model, "_is_replica", False):
@@ -60,38 +76,39 @@ class SharedProjections:
         x = kwargs.get(_SOURCE)
         if x is None and self._position is not None and self._position < len(args):
             x = args[self._position]
-        if not isinstance(x, Tensor) or self._runs_again():
-            return
-        layers = self._layers(x.device)
-        if len(layers) < 2:
-            return
-        self._source = x
-        for group in launch_groups(layers):
-            self._outputs.update(zip(group, project_group(group, x), strict=True))
+        if isinstance(x, Tensor) and not self._runs_again():
+            self._source = x
 
     def _leave(self, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if unused := self._outputs.keys():
+        if self._outputs:
+            unused = self._outputs.keys()
             _log.info("%d projections do not get the encoder's states as they are", len(unused))
             self._attentions = [a for a in self._attentions if unused.isdisjoint((a.to_k, a.to_v))]
         self._forget()
 
     def _forget(self) -> None:
-        self._source = None
-        self._outputs.clear()
+        self._source = self._outputs = None
 
     def _runs_again(self) -> bool:
         return torch.is_grad_enabled() and any(
             m.gradient_checkpointing for m in self._checkpointing
         )
 
-    def _layers(self, device: torch.device) -> list[Any]:
-        """The projections that can be launched together now; offloading brings others later."""
+    def _layers(self) -> list[Any]:
+        """The projections that can be launched together now."""
         layers = [
             layer
             for attn in self._attentions
             if getattr(attn.processor, "shared", None) is self
+            and not any(map(has_hooks, self._around[attn]))
             for layer in (attn.to_k, attn.to_v)
         ]
-        return [layer for layer in layers if shares_launch(layer) and layer.weight.device == device]
+        return [layer for layer in layers if shares_launch(layer)]
+
+
+def _blocks_around(model: nn.Module, inner: nn.Module) -> list[nn.Module]:
+    """`inner` and the modules of `model` that hold it."""
+    path = next(name for name, module in model.named_modules() if module is inner).split(".")
+    return [model.get_submodule(".".join(path[: k + 1])) for k in range(len(path))]

@@ -177,7 +177,7 @@ def snapshot():
                 "flags": {path: p.requires_grad for path, p in model.named_parameters()},
                 "identity": {path: id(p) for path, p in model.named_parameters()},
                 "buffers": [path for path, _ in model.named_buffers()],
-                "hooks": len(model._forward_pre_hooks),
+                "hooks": (len(model._forward_pre_hooks), len(model._forward_hooks)),
                 "vocab_size": getattr(model.config, "vocab_size", None),
             }
             taken[name + " bits"] = {k: v.clone() for k, v in model.state_dict().items()}

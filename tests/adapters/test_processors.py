@@ -177,8 +177,8 @@ def test_losing_the_processor_loses_no_weights(pipe, learn, render):
 def test_refuses_models_without_default_processors(pipe):
     with pytest.raises(TypeError, match="Linear has no attention processors"):
         set_stamina_attn_processor(nn.Linear(2, 2))
-    set_stamina_attn_processor(pipe)
-    with pytest.raises(ValueError, match="only StaminaAttnProcessor2_0"):
+    pipe.unet.set_attn_processor(SlicedAttnProcessor(1))
+    with pytest.raises(ValueError, match="only SlicedAttnProcessor"):
         set_stamina_attn_processor(pipe)
 
 

@@ -8,7 +8,12 @@ import weakref
 
 import pytest
 import torch
-from stamina_adapters import linear, set_stamina_attn_processor, stamina_parameters
+from stamina_adapters import (
+    linear,
+    set_stamina_attn_processor,
+    set_stamina_penalties,
+    stamina_parameters,
+)
 from torch import nn
 
 
@@ -58,11 +63,16 @@ def test_states_by_name_and_by_position(unet, inputs, sizes):
     assert sizes == [8, 8]
 
 
-def test_sharing_can_be_turned_off(pipe, learn, inputs, sizes):
+def test_sharing_can_be_turned_off_and_on(pipe, learn, inputs, sizes):
     learn(pipe)
     set_stamina_attn_processor(pipe, share=False)
     pipe.unet(*inputs)
     assert sizes == [2] * 4
+    for share in (True, True, False):
+        sizes.clear()
+        assert set_stamina_attn_processor(pipe, share=share) == []
+        pipe.unet(*inputs)
+        assert sizes == ([8] if share else [2] * 4)
 
 
 def test_a_group_holds_at_most_so_many_weights(unet, inputs, sizes, monkeypatch):
@@ -80,10 +90,34 @@ def test_layers_that_get_other_states_are_left_out(unet, inputs, sizes, caplog):
     block_with_states_of_its_own(unet)
     sizes.clear()
     with caplog.at_level(logging.INFO, "stamina_adapters.sharing"):
-        unet(*inputs)
-    assert sizes == [8, 2] and "2 projections do not get" in caplog.text
-    assert_close(gradients(unet, inputs), want)  # the penalties of the first block count once
-    assert sizes == [8, 2, 6, 2]
+        # a layer's penalties count once, though its shared output was made too
+        assert_close(gradients(unet, inputs), want)
+    assert sizes == [2, 6]
+    unet(*inputs)
+    assert sizes == [2, 6] * 2
+
+
+def test_penalties_are_those_of_the_layers_that_the_loss_uses(pipe, learn, inputs):
+    learn(pipe)
+    set_stamina_penalties(pipe, sparse=0.01)
+    parameters = stamina_parameters(pipe)["mask"]
+    first = next(m for m in pipe.unet.modules() if hasattr(m, "attn2"))
+    seen = []
+    first.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+
+    def penalties():
+        pipe.unet(*inputs)
+        return torch.autograd.grad(seen.pop().sum(), parameters, allow_unused=True)
+
+    alone = penalties()
+    set_stamina_attn_processor(pipe)
+    got = penalties()
+    assert any(g is None for g in alone)
+    for mine, want in zip(got, alone, strict=True):
+        if want is None:
+            assert mine is None or not mine.any()
+        else:
+            torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
 def test_a_forward_that_raised_changes_nothing(unet, inputs, sizes):
@@ -92,10 +126,11 @@ def test_a_forward_that_raised_changes_nothing(unet, inputs, sizes):
     def fail(*_):
         raise RuntimeError("interrupted")
 
-    handle = unet.mid_block.register_forward_pre_hook(fail)
+    handle = unet.mid_block.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="interrupted"):
         unet(*inputs)
     handle.remove()
+    copy.deepcopy(unet)
     sizes.clear()
     assert_close(gradients(unet, inputs), want)
     assert sizes == [8]
@@ -114,6 +149,11 @@ def test_layers_with_hooks_and_replicas_share_nothing(unet, inputs, sizes):
     handle = layer.register_forward_hook(lambda *_: None)
     unet(*inputs)
     assert sizes == [7, 1]
+    handle.remove()
+    sizes.clear()
+    handle = unet.down_blocks[0].register_forward_pre_hook(lambda *_: None)
+    unet(*inputs)
+    assert len(sizes) > 1 and sum(sizes) == 8
     handle.remove()
     sizes.clear()
     unet._is_replica = True
@@ -138,7 +178,53 @@ def test_weights_that_come_with_the_forward_are_waited_for(unet, inputs, sizes):
     unet.forward = bring
     sizes.clear()
     torch.testing.assert_close(unet(*inputs).sample, want)
-    assert sizes == [2] * 4
+    assert sizes == [8]
+
+
+def test_the_models_own_autocast_and_projection_come_first(pipe, learn, inputs, sizes):
+    """accelerate's autocast is around the forward, and a UNet may widen the encoder's states."""
+    torch.manual_seed(0)
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
+    config |= {"encoder_hid_dim": 24, "encoder_hid_dim_type": "text_proj"}
+    unet = type(pipe.unet)(**config)
+    learn(unet, target_modules=("attn2.to_k", "attn2.to_v"))
+    set_stamina_attn_processor(unet)
+    latents, times, _ = inputs
+    states = torch.randn(1, 7, 24)
+    want = unet(latents, times, states).sample
+    set_stamina_attn_processor(unet, share=False)
+    assert torch.equal(unet(latents, times, states).sample, want)
+
+    learn(pipe)
+    set_stamina_attn_processor(pipe)
+    original, dtypes = pipe.unet.forward, []
+
+    def cast(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return original(*arguments)
+
+    pipe.unet.forward = cast
+    attention = next(m for m in pipe.unet.modules() if hasattr(m, "attn2")).attn2
+    project = attention.processor.shared.project
+
+    def seen(layers, x):
+        outputs = project(layers, x)
+        dtypes.extend(y.dtype for y in outputs)
+        return outputs
+
+    attention.processor.shared.project = seen
+    sizes.clear()
+    pipe.unet(*inputs)
+    assert sizes == [8] and set(dtypes) == {torch.bfloat16}
+
+
+def test_blocks_that_are_compiled_one_by_one(unet, inputs):
+    want = unet(*inputs).sample
+    torch._dynamo.reset()
+    for block in unet.modules():
+        if hasattr(block, "attn2"):
+            block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(unet(*inputs).sample, want)
 
 
 @pytest.mark.parametrize("trained", [False, True])
