@@ -3,6 +3,7 @@
 // for long rows where the machine has it (sm_90).
 #pragma once
 
+#include "../common/half.h"
 #include "primitives.cuh"
 
 namespace stamina::cuda {
@@ -11,7 +12,7 @@ namespace stamina::cuda {
 // multiprocessor issues them one by one.
 constexpr int kLeastBulkBytes = 256;
 
-__device__ inline bool is_aligned(const void* pointer) {
+STAMINA_HOST_DEVICE inline bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
@@ -23,7 +24,7 @@ class Copies {
  public:
   // barriers: kStages in shared memory, for bulk copies.
   __device__ explicit Copies(uint64_t* barriers = nullptr) : barriers_(barriers) {
-    if (kBulk && kBulkCopies) {
+    if (bulk()) {
       if (threadIdx.x < kStages) barrier_init(barriers + threadIdx.x, kThreads);
       block_barrier();
     }
@@ -41,7 +42,7 @@ class Copies {
       });
       return;
     }
-    if (kBulk && kBulkCopies && copy_bulk(stage, to, to_stride, from, from_stride, rows, columns)) {
+    if (bulk() && copy_bulk(stage, to, to_stride, from, from_stride, rows, columns)) {
       return;
     }
     for_elements<kRows, kColumns / kVector, true>(rows, columns / kVector, [&](int row, int v) {
@@ -58,7 +59,7 @@ class Copies {
 
   __device__ void publish(int stage) {
     commit_async_copies();
-    if (kBulk && kBulkCopies) barrier_arrive(barriers_ + stage, announced_);
+    if (bulk()) barrier_arrive(barriers_ + stage, announced_);
     announced_ = 0;
   }
 
@@ -67,10 +68,12 @@ class Copies {
   template <int kPending>
   __device__ void wait(int stage, int parity) {
     wait_async_copies<kPending>();
-    if (kBulk && kBulkCopies) barrier_wait(barriers_ + stage, parity);
+    if (bulk()) barrier_wait(barriers_ + stage, parity);
   }
 
  private:
+  __device__ static bool bulk() { return kBulk && kBulkCopies; }
+
   // Calls use(row, column) for every element once. Divisions are by constants.
   template <int kRows, int kColumns, bool kUnrolled, typename Use>
   __device__ static void for_elements(int rows, int columns, const Use& use) {

@@ -4,7 +4,7 @@
 // A block of eight warps keeps the fp32 sum of 128 x 128 weights in registers, 64 a thread, while
 // the adapters of the layer stream through four stages of shared memory: 16 of a rank at a time,
 // 10 KiB. Each thread makes two or three 16-byte copies of that; bulk copies, issued row by row by
-// a few threads while the others wait, cost more than twice the time. P of 16 x 32 weights comes
+// a few threads while the others wait, took half as long again. P of 16 x 32 weights comes
 // from four mma on the committed fp16 factors, whose products are exact, and is added under the
 // mask at once. That addition, one instruction to select and one to add for each weight and
 // concept, is what binds, not the matrix units: a rank of 16 gives them one instruction for 128

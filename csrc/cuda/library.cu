@@ -185,7 +185,6 @@ struct FoldTables {
 void add_steps(const stamina_adapter& adapter, const stamina_layer& layer,
                std::vector<FoldStep>& steps) {
   const int64_t in_features = layer.in_features;
-  const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   // a vector of bits, 128 weights, is counted in 32 bits
   const bool counts = layer.out_features < (int64_t{1} << 39) / in_features;
   const bool vectors = adapter.rank % 8 == 0 && in_features % kBlockColumns == 0 && counts &&
