@@ -4,7 +4,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -269,7 +269,7 @@ def project_group(layers: Sequence[StaminaLinear], x: Tensor) -> tuple[Tensor, .
     return outputs
 
 
-def shares_launch(layer: nn.Module) -> bool:
+def shares_launch(layer: nn.Module) -> TypeGuard[StaminaLinear]:
     """Whether `layer` may be computed in a group: layers that something else wraps, hooks or
     offloads are called as they are."""
     return isinstance(layer, StaminaLinear) and layer.active and not has_hooks(layer)
@@ -289,12 +289,14 @@ def _fits_group(layer: StaminaLinear, first: StaminaLinear) -> bool:
 def launch_groups(layers: Sequence[StaminaLinear]) -> list[list[StaminaLinear]]:
     """`layers` in order, neighbours that the operator takes in one group together."""
     groups: list[list[StaminaLinear]] = []
+    held = 0  # weights of the last group
     for layer in layers:
-        weights = layer.weight.numel() + sum(m.weight.numel() for m in groups[-1]) if groups else 0
-        if groups and weights <= _MOST_WEIGHTS and _fits_group(layer, groups[-1][0]):
+        held += layer.weight.numel()
+        if groups and held <= _MOST_WEIGHTS and _fits_group(layer, groups[-1][0]):
             groups[-1].append(layer)
         else:
             groups.append([layer])
+            held = layer.weight.numel()
     return groups
 
 
@@ -305,14 +307,14 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """
     first = next((layer for layer in layers if isinstance(layer, StaminaLinear)), None)
     together = [
-        cast(StaminaLinear, layer)
+        layer
         for layer in layers
-        if first is not None and shares_launch(layer) and _fits_group(layer, first)  # type: ignore[arg-type]
+        if first is not None and shares_launch(layer) and _fits_group(layer, first)
     ]
     if len(together) < 2:
         return [layer(x) for layer in layers]
-    outputs = dict(zip(together, project_group(together, x), strict=True))
-    return [outputs[layer] if layer in outputs else layer(x) for layer in layers]  # type: ignore[index]
+    outputs: dict[nn.Module, Tensor] = dict(zip(together, project_group(together, x), strict=True))
+    return [outputs[layer] if layer in outputs else layer(x) for layer in layers]
 
 
 def changes_together(layers: Sequence[StaminaLinear], x: Tensor) -> list[Tensor]:

@@ -36,7 +36,7 @@ class SharedProjections:
         parameters = list(inspect.signature(model.forward).parameters)
         self._position = parameters.index(_SOURCE) if _SOURCE in parameters else None
         self._attentions = [a for a in attentions if a.is_cross_attention and not a.norm_cross]
-        self._around = {a: _blocks_around(model, a) for a in self._attentions}
+        self._around = _blocks_around(model, self._attentions)
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._source: Tensor | None = None
         self._outputs: dict[nn.Module, Tensor] | None = None  # None until a layer asks
@@ -98,17 +98,22 @@ class SharedProjections:
 
     def _layers(self) -> list[Any]:
         """The projections that can be launched together now."""
+        blocks = {block for around in self._around.values() for block in around}
+        hooked = {block for block in blocks if has_hooks(block)}
         layers = [
             layer
             for attn in self._attentions
             if getattr(attn.processor, "shared", None) is self
-            and not any(map(has_hooks, self._around[attn]))
+            and hooked.isdisjoint(self._around[attn])
             for layer in (attn.to_k, attn.to_v)
         ]
         return [layer for layer in layers if shares_launch(layer)]
 
 
-def _blocks_around(model: nn.Module, inner: nn.Module) -> list[nn.Module]:
-    """`inner` and the modules of `model` that hold it."""
-    path = next(name for name, module in model.named_modules() if module is inner).split(".")
-    return [model.get_submodule(".".join(path[: k + 1])) for k in range(len(path))]
+def _blocks_around(
+    model: nn.Module, inner: Sequence[nn.Module]
+) -> dict[nn.Module, list[nn.Module]]:
+    """Every one of `inner` with the modules of `model` that hold it, itself included."""
+    modules = dict(model.named_modules())
+    names = {module: name.split(".") for name, module in modules.items()}
+    return {m: [modules[".".join(names[m][: k + 1])] for k in range(len(names[m]))] for m in inner}

@@ -164,6 +164,22 @@ def unet(pipe, learn):
 
 
 @pytest.fixture
+def sizes(monkeypatch):
+    """How many layers every launch serves, in order."""
+    from stamina_adapters import linear
+
+    sizes = []
+    original = linear.masked_linear
+
+    def counting(x, projections, **rest):
+        sizes.append(len(projections))
+        return original(x, projections, **rest)
+
+    monkeypatch.setattr(linear, "masked_linear", counting)
+    return sizes
+
+
+@pytest.fixture
 def snapshot():
     """Everything of a pipeline that this library may change: tensors, types, flags, vocabulary."""
 

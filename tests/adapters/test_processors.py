@@ -17,7 +17,6 @@ from stamina_adapters import (
     StaminaAttnProcessor2_0,
     StaminaXFormersAttnProcessor,
     fold_stamina,
-    linear,
     set_stamina_attn_processor,
     set_stamina_mask_mode,
     unload_stamina,
@@ -109,19 +108,11 @@ def test_same_as_the_stock_processor(case, kind, adapted, learn, xformers):
     "targets", [("attn2.to_k", "attn2.to_v"), ("attn1.to_q", "attn1.to_k", "attn1.to_v")]
 )
 def test_one_launch_for_the_projections_that_share_an_input(
-    pipe, learn, monkeypatch, xformers, targets, stock
+    pipe, learn, sizes, xformers, targets, stock
 ):
     learn(pipe, target_modules=targets)
     pipe.unet.set_attn_processor(stock())
     set_stamina_attn_processor(pipe)
-    sizes = []
-    original = linear.masked_linear
-
-    def counting(x, projections, **rest):
-        sizes.append(len(projections))
-        return original(x, projections, **rest)
-
-    monkeypatch.setattr(linear, "masked_linear", counting)
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 40)
     pipe.unet(latents, 5, text)
     # the encoder's states are those of all blocks, a block's own states its alone

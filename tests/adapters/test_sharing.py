@@ -18,20 +18,6 @@ from torch import nn
 
 
 @pytest.fixture
-def sizes(monkeypatch):
-    """Layers of every launch."""
-    sizes = []
-    original = linear.masked_linear
-
-    def counting(x, projections, **rest):
-        sizes.append(len(projections))
-        return original(x, projections, **rest)
-
-    monkeypatch.setattr(linear, "masked_linear", counting)
-    return sizes
-
-
-@pytest.fixture
 def inputs():
     return torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 7, 40)
 
