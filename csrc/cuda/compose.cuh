@@ -9,6 +9,10 @@
 // is fp32, and three tf32 products on the matrix units where it has 16 bits. These products are far
 // too thin (rank 16) to bind the matrix units: wgmma, which reads operands from shared memory to
 // feed them faster, would only add waiting.
+//
+// A launch is regular where every member is made of whole tiles at 16-byte addresses, in the type
+// of W_eff, with ranks of 16: then no tile needs a case distinction, which would take as many
+// instructions as the work. The kernels are compiled for either.
 #pragma once
 
 #include "mask.cuh"
@@ -27,16 +31,16 @@ struct LowRank {
   ComposeFactors& shared;
   const float *left, *right;  // at the task's first row and column
   int rank;
+  // Whether the whole rank fits: then its strips are copied once, for all rows of the task.
+  bool stays;
 
   __device__ LowRank(ComposeFactors& shared, const float* left, const float* right, int rank,
-                     const Task& task)
+                     const Task& task, bool regular)
       : shared(shared),
         left(left + static_cast<int64_t>(task.row) * rank),
         right(right + task.column),
-        rank(rank) {}
-
-  // Whether the whole rank fits: then its strips are copied once, for all rows of the task.
-  __device__ bool stays() const { return rank <= kRankStep; }
+        rank(regular ? kRankStep : rank),
+        stays(regular || rank <= kRankStep) {}
 
   // Starts to copy the strips of `rows` rows from row `row` of the task on, from rank `first` on.
   __device__ void stage(ComposeCopies& copies, const Task& task, int64_t in_features, int row,
@@ -51,7 +55,7 @@ struct LowRank {
   template <typename Step>
   __device__ void for_steps(ComposeCopies& copies, int& parity, const Task& task, int row,
                             int64_t in_features, const Step& step) const {
-    if (stays()) {
+    if (stays) {
       step(shared.left + row * kRankStep, shared.right);
       return;
     }
@@ -74,50 +78,43 @@ constexpr int kLoadRows = 2;
 // A lane's weights of a tile, 16 bits each.
 using LaneTile = uint4[kLaneRows][kComposeThreads];
 
-// A lane's part of W or W_init. A 16-bit one whose rows take 16-byte accesses comes through shared
-// memory, requested kAhead tiles before it is read: every lane copies what it reads itself, so that
-// no barrier is needed, and a tile's place is free once its lane has read it. Others are loaded
-// where they are read, and called into L2 before.
-template <int kAhead, bool kInitial>
+// A lane's part of W or W_init, tile by tile. A 16-bit one whose rows take 16-byte accesses comes
+// through shared memory, requested kAhead tiles before it is read: every lane copies what it reads
+// itself, so that no barrier is needed, and a tile's place is free once its lane has read it.
+// Others are loaded where they are read, and called into L2 before.
+template <int kAhead>
 class Weights {
  public:
-  __device__ Weights(LaneTile* places, const Group& group, const Member& member, const Task& task)
+  // matrix: null where there is none; then nothing may be loaded.
+  __device__ Weights(LaneTile* places, const void* matrix, DType dtype, const Group& group,
+                     const Task& task, const Position& at)
       : places_(places),
-        group_(group),
-        member_(member),
-        ahead_(rows(0).vectors && member.dtype != DType::kFloat32) {
-    if (!exist() || ahead_) return;
-    prefetch_rows<kComposeThreads>(pointer(), member.dtype, group.in_features, task.row, task.rows,
-                                   task.column, task.columns);
-  }
-
-  // Where not, nothing is requested and nothing may be loaded.
-  __device__ bool exist() const { return pointer() != nullptr; }
-
-  // Once for every tile, in their order, before it is loaded; also for tiles that do not exist.
-  // The tile is `below` tiles below `at`.
-  __device__ void request(int tile, const Position& at, int below) {
-    const int skipped = below * kTileRows;
-    const LaneRows<const char> from = rows(at.element + skipped * group_.in_features);
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) {
-      const bool exists = at.extent.valid(i + skipped / 8) > 0;
-      if (ahead_ && exist() && exists) copy_vector_async(place(tile, i), from.row(i));
+        rows_(matrix, dtype, group.in_features, at.element(group), at.extent.whole),
+        extent_(at.extent),
+        dtype_(dtype),
+        exist_(matrix != nullptr),
+        ahead_(rows_.vectors && dtype != DType::kFloat32) {
+    if (!exist_) extent_.rows = 0;
+    if (exist_ && !ahead_) {
+      prefetch_rows<kComposeThreads>(matrix, dtype, group.in_features, task.row, task.rows,
+                                     task.column, task.columns);
     }
-    commit_async_copies();
+#pragma unroll
+    for (int tile = 0; tile < kAhead; ++tile) request(tile);
   }
+
+  __device__ bool exist() const { return exist_; }
 
   // Rows `first` to first + kLoadRows - 1 of a lane's kLaneRows.
-  __device__ void load(float (&to)[kLoadRows][kLaneColumns], int tile, int first,
-                       const Position& at) const {
+  __device__ void load(float (&to)[kLoadRows][kLaneColumns], int tile, int first) const {
     if (!ahead_) {
-      load_rows(to, rows(at.element), member_.dtype, first, at.extent);
+      load_rows(to, rows_, dtype_, first, extent_);
       return;
     }
     wait_async_copies<kAhead - 1>();
 #pragma unroll
     for (int i = 0; i < kLoadRows; ++i) {
-      if (member_.dtype == DType::kBFloat16) {
+      if (dtype_ == DType::kBFloat16) {
         unpack_vector<DType::kBFloat16>(to[i], *place(tile, first + i));
       } else {
         unpack_vector<DType::kFloat16>(to[i], *place(tile, first + i));
@@ -125,17 +122,40 @@ class Weights {
     }
   }
 
+  // After the tile was loaded, whether or not there are more.
+  __device__ void next_tile(int tile) {
+    if (!ahead_) go_down();
+    if constexpr (kAhead < kTaskTiles) {
+      request(tile);
+    } else {
+      commit_async_copies();
+    }
+  }
+
  private:
-  __device__ const void* pointer() const { return kInitial ? member_.initial : member_.weight; }
-  __device__ LaneRows<const char> rows(int64_t element) const {
-    return {pointer(), member_.dtype, group_.in_features, element};
+  // Into the place of the tile. Always a group of copies, if an empty one: they are counted.
+  __device__ void request(int tile) {
+    if (ahead_) {
+      const bool exists = extent_.rows > 0;
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) {
+        if (exists && extent_.valid(i) > 0) copy_vector_async(place(tile, i), rows_.row(i));
+      }
+      go_down();
+    }
+    commit_async_copies();
+  }
+  __device__ void go_down() {
+    rows_.go_down(kTileRows);
+    extent_.rows -= kTileRows;
   }
   __device__ uint4* place(int tile, int i) const { return &places_[tile % kAhead][i][threadIdx.x]; }
 
   LaneTile* places_;
-  const Group& group_;
-  const Member& member_;
-  bool ahead_;
+  LaneRows<const char> rows_;  // of the tile that is requested next, or loaded where it is read
+  Extent extent_;
+  DType dtype_;
+  bool exist_, ahead_;
 };
 
 // The part of the statistics of rows `first`, first + 1 of a lane.
@@ -143,27 +163,28 @@ __device__ inline void add_forget(LaneMask mask, const float (&product)[kLaneRow
                                   const float (&weight)[kLoadRows][kLaneColumns],
                                   const float (&initial)[kLoadRows][kLaneColumns], int first,
                                   float scale, Sums& sums) {
+  uint32_t changed = 0;
 #pragma unroll
   for (int i = 0; i < kLoadRows; ++i) {
 #pragma unroll
     for (int j = 0; j < kLaneColumns; ++j) {
       const float change = weight[i][j] - initial[i][j];
       const float harm = change * (scale * product[first + i][j]);
-      if (!mask.kept(first + i, j)) continue;
-      sums.forget = fmaf(harm, harm, sums.forget);
-      sums.overlap += change != 0.0f;
+      // no branch: what is not kept adds nothing
+      const float kept_harm = mask.kept(first + i, j) ? harm : 0.0f;
+      sums.forget = fmaf(kept_harm, kept_harm, sums.forget);
+      changed |= change != 0.0f ? LaneMask::bit(first + i, j) : 0;
     }
   }
+  sums.overlap += __popc(mask.bits & changed);
 }
 
 // W_eff of a tile, rounded once. load(weight, first) gives rows `first`, first + 1 of a lane of W,
 // and adds their part of the statistics where they are wanted.
 template <DType kOut, typename Load>
-__device__ void apply(const Group& group, const Member& member, LaneMask mask,
+__device__ void apply(const LaneRows<char>& effective, LaneMask mask,
                       const float (&product)[kLaneRows][kLaneColumns], float scale,
-                      const Position& at, const Load& load) {
-  const LaneRows<char> effective(group.effective, kOut, group.in_features,
-                                 at.element + member.first_row * group.in_features);
+                      const Extent& extent, const Load& load) {
 #pragma unroll
   for (int first = 0; first < kLaneRows; first += kLoadRows) {
     float weight[kLoadRows][kLaneColumns];
@@ -176,7 +197,7 @@ __device__ void apply(const Group& group, const Member& member, LaneMask mask,
         const float delta = scale * product[first + i][j];
         sum[j] = mask.kept(first + i, j) ? weight[i][j] + delta : weight[i][j];
       }
-      store_row<kOut>(effective, first + i, at.extent.valid(first + i), sum);
+      store_row<kOut>(effective, first + i, extent.valid(first + i), sum);
     }
   }
 }
@@ -191,22 +212,12 @@ __device__ void add_product(float (&sum)[kLaneRows][kLaneColumns], const float* 
   }
 }
 
-// Calls the bits of a task into L2: 16 bytes a row, and so a line a thread.
-__device__ inline void prefetch_bits(const Group& group, const Member& member, const Task& task) {
-  const int row = static_cast<int>(threadIdx.x);
-  if (row >= task.rows) return;
-  prefetch_line(group.bits + (member.first_row + task.row + row) * Position::row_bytes(group) +
-                task.column / kLaneColumns);
-}
-static_assert(kComposeThreads == kTaskRows);
+// All of W of a task is on its way before anything is computed.
+using TaskWeights = LaneTile[kTaskTiles];
 
-constexpr int kTilesAhead = 2;
-using TilesAhead = LaneTile[kTilesAhead];
-
-template <DType kOut>
-__device__ void compose_task(const Group& group) {
+template <DType kOut, bool kRegular>
+__device__ void compose_task(const Group& group, LaneTile* places) {
   STAMINA_SHARED(ComposeFactors, for_product);
-  STAMINA_SHARED(TilesAhead, places);
   STAMINA_SHARED(uint64_t, barrier);
   const Task task = task_of(group, static_cast<int>(blockIdx.x));
   const Member& member = group.member[task.member];
@@ -214,18 +225,22 @@ __device__ void compose_task(const Group& group) {
   const int64_t features = group.in_features;
   ComposeCopies copies(&barrier);
   int parity = 0;
-  const LowRank product(for_product, member.A, member.B, member.rank, task);
+  const LowRank product(for_product, member.A, member.B, member.rank, task, kRegular);
   const int warp_column = lane.warp * kWarpColumns;
-  Position at(group, member, task, lane);
+  Position at(group, task, lane, kRegular);
 
-  if (product.stays()) product.stage(copies, task, features, 0, task.rows, 0);
+  if (product.stays) product.stage(copies, task, features, 0, task.rows, 0);
   copies.publish(0);
-  prefetch_bits(group, member, task);
-  Weights<kTilesAhead, false> weights(places, group, member, task);
-  for (int tile = 0; tile < kTilesAhead; ++tile) weights.request(tile, at, tile);
+  MaskRows masks(group, member, task, lane);
+  uint32_t words[kTaskTiles];
+#pragma unroll
+  for (uint32_t& word : words) word = masks.load();
+  Weights<kTaskTiles> weights(places, member.weight, kRegular ? kOut : member.dtype, group, task,
+                              at);
+  LaneRows<char> effective(group.effective, kOut, features,
+                           member.first_row * features + at.element(group), kRegular);
   const float scale = *group.scale;
-  MaskBytes bytes = load_mask(group, at);
-  copies.wait<kTilesAhead>(0, parity);
+  copies.wait<kTaskTiles>(0, parity);
   parity ^= 1;
   block_barrier();
 
@@ -236,20 +251,22 @@ __device__ void compose_task(const Group& group) {
                       [&](const float* left, const float* right) {
                         add_product<kOut>(sum, left, right + warp_column, lane);
                       });
-    apply<kOut>(group, member, bytes.mask(), sum, scale, at,
+    apply<kOut>(effective, masks.mask(words[0]), sum, scale, at.extent,
                 [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
-                  weights.load(weight, tile, first, at);
+                  weights.load(weight, tile, first);
                 });
-    at.next_tile(group);
-    weights.request(tile + kTilesAhead, at, kTilesAhead - 1);
-    bytes = load_mask(group, at);
+    at.next_tile();
+    effective.go_down(kTileRows);
+    weights.next_tile(tile);
+#pragma unroll
+    for (int k = 0; k + 1 < kTaskTiles; ++k) words[k] = words[k + 1];
   }
 }
 
-// The tile of W and W_init that is on its way while the one before it is computed.
+// The tile of W and of W_init that is on its way while the one before it is computed.
 using TileInFlight = LaneTile[2];
 
-template <bool kComposes, DType kOut>
+template <bool kComposes, DType kOut, bool kRegular>
 __device__ void sample_task(const Group& group, LaneTile* places) {
   STAMINA_SHARED(ComposeFactors, for_mask);
   STAMINA_SHARED(ComposeFactors, for_product);
@@ -260,22 +277,22 @@ __device__ void sample_task(const Group& group, LaneTile* places) {
   const int64_t features = group.in_features;
   ComposeCopies copies(&barrier);
   int parity = 0;
-  const LowRank logits(for_mask, member.U, member.V, member.mask_rank, task);
-  const LowRank product(for_product, member.A, member.B, member.rank, task);
+  const LowRank logits(for_mask, member.U, member.V, member.mask_rank, task, kRegular);
+  const LowRank product(for_product, member.A, member.B, member.rank, task, kRegular);
   const int warp_column = lane.warp * kWarpColumns;
-  Position at(group, member, task, lane);
+  Position at(group, task, lane, kRegular);
 
-  if (logits.stays()) logits.stage(copies, task, features, 0, task.rows, 0);
-  if (kComposes && product.stays()) product.stage(copies, task, features, 0, task.rows, 0);
+  if (logits.stays) logits.stage(copies, task, features, 0, task.rows, 0);
+  if (kComposes && product.stays) product.stage(copies, task, features, 0, task.rows, 0);
   copies.publish(0);
-  Weights<1, false> weights(places, group, member, task);
-  Weights<1, true> initials(places + 1, group, member, task);
-  if constexpr (kComposes) {
-    weights.request(0, at, 0);
-    initials.request(0, at, 0);
-  }
+  const DType dtype = kRegular ? kOut : member.dtype;
+  Weights<1> weights(places, kComposes ? member.weight : nullptr, dtype, group, task, at);
+  Weights<1> initials(places + 1, kComposes ? member.initial : nullptr, dtype, group, task, at);
+  LaneRows<char> effective(group.effective, kOut, features,
+                           member.first_row * features + at.element(group), kRegular);
+  MaskRows masks(group, member, task, lane);
   const float scale = kComposes ? *group.scale : 0.0f;
-  copies.wait<kComposes ? 2 : 0>(0, parity);
+  copies.wait<2>(0, parity);
   parity ^= 1;
   block_barrier();
 
@@ -288,8 +305,10 @@ __device__ void sample_task(const Group& group, LaneTile* places) {
                        multiply_chain(sum, left + lane.row * kRankStep,
                                       right + warp_column + kLaneColumns * lane.quad);
                      });
-    const LaneMask mask = draw_mask<kComposes>(group, member, sum, at, sums.sparse);
-    store_mask(group, mask, at);
+    // here, not above: round keys kept from tile to tile would not leave enough registers
+    const Uniforms uniforms(group, member, at);
+    const LaneMask mask = draw_mask<kComposes>(group, uniforms, *member.b, sum, at, sums.sparse);
+    masks.store(mask);
     if constexpr (kComposes) {
       float delta[kLaneRows][kLaneColumns] = {};
       product.for_steps(copies, parity, task, tile * kTileRows, features,
@@ -297,40 +316,41 @@ __device__ void sample_task(const Group& group, LaneTile* places) {
                           add_product<kOut>(delta, left, right + warp_column, lane);
                         });
       sums.kept += __popc(mask.bits);
-      apply<kOut>(group, member, mask, delta, scale, at,
+      apply<kOut>(effective, mask, delta, scale, at.extent,
                   [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
-                    weights.load(weight, tile, first, at);
+                    weights.load(weight, tile, first);
                     if (!initials.exist()) return;
                     float initial[kLoadRows][kLaneColumns];
-                    initials.load(initial, tile, first, at);
+                    initials.load(initial, tile, first);
                     add_forget(mask, delta, weight, initial, first, scale, sums);
                   });
+      effective.go_down(kTileRows);
+      weights.next_tile(tile);
+      initials.next_tile(tile);
     }
-    at.next_tile(group);
-    if constexpr (kComposes) {
-      weights.request(tile + 1, at, 0);
-      initials.request(tile + 1, at, 0);
-    }
+    at.next_tile();
   }
   if constexpr (kComposes) store_sums<kComposeThreads>(sums, group.partials + blockIdx.x);
 }
 
+template <bool kRegular>
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     sample_kernel(const __grid_constant__ Group group) {
-  sample_task<false, DType::kFloat32>(group, nullptr);
+  sample_task<false, DType::kFloat32, kRegular>(group, nullptr);
 }
 
-template <DType kOut>
+template <DType kOut, bool kRegular>
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     compose_kernel(const __grid_constant__ Group group) {
-  compose_task<kOut>(group);
+  STAMINA_DYNAMIC_SHARED(TaskWeights, places);
+  compose_task<kOut, kRegular>(group, places);
 }
 
-template <DType kOut>
+template <DType kOut, bool kRegular>
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     sample_compose_kernel(const __grid_constant__ Group group) {
   STAMINA_DYNAMIC_SHARED(TileInFlight, places);
-  sample_task<true, kOut>(group, places);
+  sample_task<true, kOut, kRegular>(group, places);
 }
 
 struct Statistics {

@@ -10,6 +10,7 @@ namespace stamina::cuda {
 constexpr int kComposeThreads = 128;
 constexpr int kTaskRows = 128;
 constexpr int kTileRows = 32;
+constexpr int kTaskTiles = kTaskRows / kTileRows;
 constexpr int kLaneRows = kTileRows / 8;
 
 struct Member {
@@ -32,7 +33,7 @@ struct Group {
   bool hard, relu;
   const int64_t *seed, *step;
   const float* scale;
-  uint8_t* bits;
+  uint32_t* bits;
   void* effective;
   Sums* partials;  // one per task
   Member member[kMaxMembers];
@@ -69,26 +70,18 @@ __device__ inline Task task_of(const Group& group, int block) {
 struct Position {
   int row;
   int64_t column;
-  int64_t element;  // index in the member's matrices
-  int64_t byte;     // and of its mask in the stacked bits
-  Extent extent;    // of the task: what lies below is another's
+  Extent extent;  // of the task: what lies below is another's
 
-  __device__ Position(const Group& group, const Member& member, const Task& task, const Lane& lane)
+  __device__ Position(const Group& group, const Task& task, const Lane& lane, bool regular)
       : row(task.row + lane.row),
         column(task.column + lane.warp * kWarpColumns + kLaneColumns * lane.quad),
-        element(row * group.in_features + column),
-        byte((member.first_row + row) * row_bytes(group) + column / kLaneColumns),
-        extent(task.rows - lane.row, group.in_features - column) {}
+        extent(task.rows - lane.row, group.in_features - column, regular) {}
 
-  // Bytes of a row of bits, which are little-endian words.
-  __device__ static int64_t row_bytes(const Group& group) {
-    return (group.in_features + 31) / 32 * 4;
-  }
+  // Index in a member's matrices.
+  __device__ int64_t element(const Group& group) const { return row * group.in_features + column; }
 
-  __device__ void next_tile(const Group& group) {
+  __device__ void next_tile() {
     row += kTileRows;
-    element += kTileRows * group.in_features;
-    byte += kTileRows * row_bytes(group);
     extent.rows -= kTileRows;
   }
 };

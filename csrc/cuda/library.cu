@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C interface: checks, then launches.
+#include <algorithm>
 #include <vector>
 
 #include "checks.h"
@@ -126,21 +127,39 @@ int launch_group(Group group, const stamina_member* members, int64_t count, int6
   return STAMINA_OK;
 }
 
-// call(kernel template parameter) for an output dtype that was checked.
+// Whether the group is regular (compose.cuh) in what an operation reads, with W_eff of `dtype`.
+bool is_regular(const Group& group, Reads reads, int64_t dtype) {
+  const auto fits = [&](const Member& m) {
+    const bool composes = m.rank == kRankStep && m.dtype == static_cast<DType>(dtype) &&
+                          is_aligned(m.weight) && is_aligned(m.initial);
+    const bool draws = m.mask_rank == kRankStep && m.col0 % 4 == 0;
+    return m.rows % kTileRows == 0 && (composes || !reads.weight) && (draws || !reads.logits);
+  };
+  return group.in_features % kBlockColumns == 0 && is_aligned(group.effective) &&
+         std::all_of(group.member, group.member + group.members, fits);
+}
+
+// call(output dtype, whether the group is regular), as template parameters, for a dtype that was
+// checked. With fp32 the chain of products takes so long that case distinctions do not matter.
 template <typename Call>
-const char* with_dtype(int64_t dtype, const Call& call) {
-  if (dtype == STAMINA_FLOAT32) return call.template operator()<DType::kFloat32>();
-  if (dtype == STAMINA_BFLOAT16) return call.template operator()<DType::kBFloat16>();
-  return call.template operator()<DType::kFloat16>();
+const char* with_kernel(int64_t dtype, bool regular, const Call& call) {
+  if (dtype == STAMINA_FLOAT32) return call.template operator()<DType::kFloat32, false>();
+  if (dtype == STAMINA_BFLOAT16) {
+    return regular ? call.template operator()<DType::kBFloat16, true>()
+                   : call.template operator()<DType::kBFloat16, false>();
+  }
+  return regular ? call.template operator()<DType::kFloat16, true>()
+                 : call.template operator()<DType::kFloat16, false>();
 }
 
 struct LaunchCompose {
   const Group& group;
   int64_t tasks;
   void* stream;
-  template <DType kOut>
+  template <DType kOut, bool kRegular>
   const char* operator()() const {
-    return launch(compose_kernel<kOut>, {tasks, kComposeThreads}, stream, group);
+    return launch(compose_kernel<kOut, kRegular>, {tasks, kComposeThreads, sizeof(TaskWeights)},
+                  stream, group);
   }
 };
 
@@ -148,10 +167,10 @@ struct LaunchSampleCompose {
   const Group& group;
   int64_t tasks;
   void* stream;
-  template <DType kOut>
+  template <DType kOut, bool kRegular>
   const char* operator()() const {
-    return launch(sample_compose_kernel<kOut>, {tasks, kComposeThreads, sizeof(TileInFlight)},
-                  stream, group);
+    return launch(sample_compose_kernel<kOut, kRegular>,
+                  {tasks, kComposeThreads, sizeof(TileInFlight)}, stream, group);
   }
 };
 
@@ -247,7 +266,8 @@ using namespace stamina::cuda;
 
 int stamina_sample(const stamina_member* members, int64_t count, int64_t in_features,
                    const void* seed, const void* step, int64_t hard, void* bits, void* stream) {
-  if (!check_group(members, count, in_features, {false, true}) ||
+  constexpr Reads kReads{false, true};
+  if (!check_group(members, count, in_features, kReads) ||
       !Checks().pointer("seed", seed, 8).pointer("step", step, 8).pointer("bits", bits, 4).ok()) {
     return STAMINA_INVALID_ARGUMENT;
   }
@@ -255,17 +275,20 @@ int stamina_sample(const stamina_member* members, int64_t count, int64_t in_feat
   group.hard = hard != 0;
   group.seed = static_cast<const int64_t*>(seed);
   group.step = static_cast<const int64_t*>(step);
-  group.bits = static_cast<uint8_t*>(bits);
+  group.bits = static_cast<uint32_t*>(bits);
   return launch_group(group, members, count, in_features,
                       [&](const Group& part, int64_t tasks, int64_t, int64_t) {
-                        return launch(sample_kernel, {tasks, kComposeThreads}, stream, part);
+                        const bool regular = is_regular(part, kReads, STAMINA_FLOAT32);
+                        return launch(regular ? sample_kernel<true> : sample_kernel<false>,
+                                      {tasks, kComposeThreads}, stream, part);
                       });
 }
 
 int stamina_compose(const stamina_member* members, int64_t count, int64_t in_features,
                     const void* scale, const void* bits, int64_t dtype, void* effective,
                     void* stream) {
-  if (!check_group(members, count, in_features, {true, false}) ||
+  constexpr Reads kReads{true, false};
+  if (!check_group(members, count, in_features, kReads) ||
       !Checks()
            .pointer("scale", scale, 4)
            .pointer("bits", bits, 4)
@@ -276,11 +299,12 @@ int stamina_compose(const stamina_member* members, int64_t count, int64_t in_fea
   }
   Group group{};
   group.scale = static_cast<const float*>(scale);
-  group.bits = const_cast<uint8_t*>(static_cast<const uint8_t*>(bits));
+  group.bits = const_cast<uint32_t*>(static_cast<const uint32_t*>(bits));
   group.effective = effective;
   return launch_group(group, members, count, in_features,
                       [&](const Group& part, int64_t tasks, int64_t, int64_t) {
-                        return with_dtype(dtype, LaunchCompose{part, tasks, stream});
+                        return with_kernel(dtype, is_regular(part, kReads, dtype),
+                                           LaunchCompose{part, tasks, stream});
                       });
 }
 
@@ -294,7 +318,8 @@ int stamina_sample_compose(const stamina_member* members, int64_t count, int64_t
                            int64_t relu, int64_t dtype, void* effective, void* bits, void* forget,
                            void* sparse, void* counts, void* scratch, int64_t scratch_bytes,
                            void* stream) {
-  if (!check_group(members, count, in_features, {true, true}) ||
+  constexpr Reads kReads{true, true};
+  if (!check_group(members, count, in_features, kReads) ||
       !Checks()
            .pointer("scale", scale, 4)
            .pointer("seed", seed, 8)
@@ -317,13 +342,13 @@ int stamina_sample_compose(const stamina_member* members, int64_t count, int64_t
   group.seed = static_cast<const int64_t*>(seed);
   group.step = static_cast<const int64_t*>(step);
   group.scale = static_cast<const float*>(scale);
-  group.bits = static_cast<uint8_t*>(bits);
+  group.bits = static_cast<uint32_t*>(bits);
   group.effective = effective;
   return launch_group(group, members, count, in_features,
                       [&](Group part, int64_t tasks, int64_t first_member, int64_t first_task) {
                         part.partials = static_cast<Sums*>(scratch) + first_task;
-                        const char* error =
-                            with_dtype(dtype, LaunchSampleCompose{part, tasks, stream});
+                        const char* error = with_kernel(dtype, is_regular(part, kReads, dtype),
+                                                        LaunchSampleCompose{part, tasks, stream});
                         if (error != nullptr) return error;
                         const Statistics out{static_cast<float*>(forget) + first_member,
                                              static_cast<float*>(sparse) + first_member,

@@ -10,20 +10,33 @@ namespace stamina::cuda {
 struct LaneMask {
   uint32_t bits;
 
-  __device__ bool kept(int i, int j) const { return (bits >> (8 * i + j) & 1) != 0; }
+  __device__ static uint32_t bit(int i, int j) { return 1u << (8 * i + j); }
+  __device__ bool kept(int i, int j) const { return (bits & bit(i, j)) != 0; }
 };
 
-// Eight neighbouring uniforms of global row `row`, from global column `column` on.
-class UniformRow {
+// uniform_of_word of common/philox.h, in two instructions: 1 + (w >> 9) 2^-23, less 1 - 2^-24.
+// Exact.
+__device__ inline float uniform_of(uint32_t word) {
+  return bits_float(shift_right(0x3F800000u >> 23, word, 9)) - 0x1.FFFFFEp-1f;
+}
+
+// The random stream of a lane's eight neighbouring columns.
+class Uniforms {
  public:
-  __device__ UniformRow(const Group& group, const Member& member, int64_t column)
-      : key_{static_cast<uint32_t>(*group.seed), static_cast<uint32_t>(*group.seed >> 32)},
+  // The key is of all lanes, which a broadcast tells the compiler: then the ten round keys are
+  // computed once for the warp.
+  __device__ Uniforms(const Group& group, const Member& member, const Position& at)
+      : key_{broadcast(static_cast<uint32_t>(*group.seed)),
+             broadcast(static_cast<uint32_t>(*group.seed >> 32))},
         step_(static_cast<uint32_t>(*group.step)),
         layer_(member.layer_id),
-        first_block_(static_cast<uint32_t>(column >> 2)),
-        offset_(static_cast<int>(column & 3)) {}
+        row0_(member.row0),
+        first_block_(static_cast<uint32_t>((member.col0 + at.column) >> 2)),
+        offset_(at.extent.whole ? 0 : static_cast<int>((member.col0 + at.column) & 3)) {}
 
-  __device__ void draw(uint32_t row, float (&u)[kLaneColumns]) const {
+  // Those of a row of the member.
+  __device__ void draw(int member_row, float (&u)[kLaneColumns]) const {
+    const uint32_t row = row0_ + static_cast<uint32_t>(member_row);
     // shards may begin anywhere: then the lane needs words of a third block
     uint32_t words[12];
     philox(row, 0, words);
@@ -34,7 +47,7 @@ class UniformRow {
       shift<2>(words);
     }
 #pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) u[j] = uniform_of_word(words[j]);
+    for (int j = 0; j < kLaneColumns; ++j) u[j] = uniform_of(words[j]);
   }
 
  private:
@@ -53,7 +66,7 @@ class UniformRow {
   }
 
   PhiloxKey key_;
-  uint32_t step_, layer_, first_block_;
+  uint32_t step_, layer_, row0_, first_block_;
   int offset_;
 };
 
@@ -85,18 +98,16 @@ __device__ uint32_t draw_row(const float (&logits)[kLaneColumns], float bias,
   return bits & ((1u << valid) - 1);
 }
 
-// Draws the tile's mask from its logits; with kSums, adds every element's penalty to `sparse`.
+// Draws a tile's mask from its logits; with kSums, adds every element's penalty to `sparse`.
 template <bool kSums, bool kHard, bool kRelu>
-__device__ LaneMask draw_mask_as(const Group& group, const Member& member,
+__device__ LaneMask draw_mask_as(const Uniforms& uniforms, float bias,
                                  const float (&logits)[kLaneRows][kLaneColumns], const Position& at,
                                  float& sparse) {
-  const UniformRow uniforms(group, member, member.col0 + at.column);
-  const float bias = *member.b;
   LaneMask mask{0};
 #pragma unroll
   for (int i = 0; i < kLaneRows; ++i) {
     float u[kLaneColumns] = {};
-    if constexpr (!kHard) uniforms.draw(member.row0 + static_cast<uint32_t>(at.row + 8 * i), u);
+    if constexpr (!kHard) uniforms.draw(at.row + 8 * i, u);
     const int valid = at.extent.valid(i);
     mask.bits |= draw_row<kSums, kHard, kRelu>(logits[i], bias, u, valid, sparse) << (8 * i);
   }
@@ -104,56 +115,68 @@ __device__ LaneMask draw_mask_as(const Group& group, const Member& member,
 }
 
 template <bool kSums, bool kHard>
-__device__ LaneMask draw_mask_of(const Group& group, const Member& member,
+__device__ LaneMask draw_mask_of(const Group& group, const Uniforms& uniforms, float bias,
                                  const float (&logits)[kLaneRows][kLaneColumns], const Position& at,
                                  float& sparse) {
   if constexpr (kSums) {
     if (group.relu) {
-      return draw_mask_as<true, kHard, true>(group, member, logits, at, sparse);
+      return draw_mask_as<true, kHard, true>(uniforms, bias, logits, at, sparse);
     }
   }
-  return draw_mask_as<kSums, kHard, false>(group, member, logits, at, sparse);
+  return draw_mask_as<kSums, kHard, false>(uniforms, bias, logits, at, sparse);
 }
 
 template <bool kSums>
-__device__ LaneMask draw_mask(const Group& group, const Member& member,
+__device__ LaneMask draw_mask(const Group& group, const Uniforms& uniforms, float bias,
                               const float (&logits)[kLaneRows][kLaneColumns], const Position& at,
                               float& sparse) {
-  return group.hard ? draw_mask_of<kSums, true>(group, member, logits, at, sparse)
-                    : draw_mask_of<kSums, false>(group, member, logits, at, sparse);
+  return group.hard ? draw_mask_of<kSums, true>(group, uniforms, bias, logits, at, sparse)
+                    : draw_mask_of<kSums, false>(group, uniforms, bias, logits, at, sparse);
 }
 
-// Also writes the zeros that fill the last word of a row.
-__device__ inline void store_mask(const Group& group, LaneMask mask, const Position& at) {
-  if (at.column >= (group.in_features + 31) / 32 * 32) return;
-#pragma unroll
-  for (int i = 0; i < kLaneRows; ++i) {
-    if (8 * i >= at.extent.rows) continue;
-    group.bits[at.byte + 8 * i * Position::row_bytes(group)] =
-        static_cast<uint8_t>(mask.bits >> (8 * i));
-  }
+// Byte i of lane t and byte t of lane i change places among every four lanes t, by the whole warp.
+__device__ inline uint32_t transpose_bytes(uint32_t word, int quad) {
+  word = permute_bytes(word, shuffle_xor(word, 1), quad % 2 == 0 ? 0x6240 : 0x3715);
+  return permute_bytes(word, shuffle_xor(word, 2), quad / 2 == 0 ? 0x5410 : 0x3276);
 }
 
-// The bytes of a lane's mask, as they are in memory: to be loaded long before they are needed.
-struct MaskBytes {
-  uint8_t row[kLaneRows];
-
-  __device__ LaneMask mask() const {
-    LaneMask mask{0};
-#pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) mask.bits |= static_cast<uint32_t>(row[i]) << (8 * i);
-    return mask;
+// Where a warp's mask is in the stacked bits, little-endian words of 32 columns. A tile takes one
+// access a lane: lane t of a row g holds the word of row 8t + g, which is the mask transposed.
+class MaskRows {
+ public:
+  __device__ MaskRows(const Group& group, const Member& member, const Task& task, const Lane& lane)
+      : quad_(lane.quad) {
+    const int64_t words = (group.in_features + 31) / 32;
+    const int row = 8 * lane.quad + lane.row, first = task.column + lane.warp * kWarpColumns;
+    first_ = group.bits + (member.first_row + task.row + row) * words + first / 32;
+    step_ = kTileRows * words;
+    rows_ = first < group.in_features ? task.rows - row : 0;
   }
+
+  // Long before it is needed: the word of the next tile, zero where there is none.
+  __device__ uint32_t load() {
+    const uint32_t word = rows_ > 0 ? *first_ : 0;
+    next_tile();
+    return word;
+  }
+  __device__ LaneMask mask(uint32_t word) const { return {transpose_bytes(word, quad_)}; }
+
+  // The mask of the next tile. Also writes the zeros that fill the last word of a row.
+  __device__ void store(LaneMask mask) {
+    const uint32_t word = transpose_bytes(mask.bits, quad_);
+    if (rows_ > 0) *first_ = word;
+    next_tile();
+  }
+
+ private:
+  __device__ void next_tile() {
+    first_ += step_;
+    rows_ -= kTileRows;
+  }
+
+  uint32_t* first_;
+  int64_t step_;
+  int rows_, quad_;
 };
-
-__device__ inline MaskBytes load_mask(const Group& group, const Position& at) {
-  MaskBytes bytes;
-#pragma unroll
-  for (int i = 0; i < kLaneRows; ++i) {
-    const int64_t byte = at.byte + 8 * i * Position::row_bytes(group);
-    bytes.row[i] = at.extent.valid(i) > 0 ? group.bits[byte] : 0;
-  }
-  return bytes;
-}
 
 }  // namespace stamina::cuda

@@ -89,6 +89,14 @@ __device__ inline T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, lane_mask);
 }
 
+// Lane 0's value, which the compiler then knows to be the same in all lanes.
+__device__ inline uint32_t broadcast(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
+// The low word of high : low >> by.
+__device__ inline uint32_t shift_right(uint32_t high, uint32_t low, int by) {
+  return __funnelshift_r(low, high, by);
+}
+
 __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }

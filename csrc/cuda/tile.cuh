@@ -147,26 +147,33 @@ struct LaneRows {
   int64_t step;  // bytes
   bool vectors;  // whether rows and base take 16-byte accesses
 
-  // matrix: of rows of `columns`; element: index of the lane's first one.
+  // matrix: of rows of `columns`; element: index of the lane's first one; regular: `vectors` is
+  // true.
   template <typename Pointer>
-  __device__ LaneRows(Pointer matrix, DType dtype, int64_t columns, int64_t element)
+  __device__ LaneRows(Pointer matrix, DType dtype, int64_t columns, int64_t element,
+                      bool regular = false)
       : first(static_cast<Byte*>(matrix) + element * size_of(dtype)),
         step(8 * columns * size_of(dtype)),
-        vectors(columns % kLaneColumns == 0 && is_aligned(matrix)) {}
+        vectors(regular || (columns % kLaneColumns == 0 && is_aligned(matrix))) {}
 
   __device__ Byte* row(int i) const { return first + i * step; }
+  __device__ void go_down(int rows) { first += rows / 8 * step; }
 };
 
 // How much of its tile a lane has: rows of the matrix from its first one on, and of its columns.
 struct Extent {
   int rows, columns;
+  bool whole;  // a tile is all there if it is there
 
-  __device__ Extent(int rows, int64_t columns)
+  __device__ Extent(int rows, int64_t columns, bool whole = false)
       : rows(rows),
-        columns(columns < kLaneColumns ? (columns < 0 ? 0 : static_cast<int>(columns))
-                                       : kLaneColumns) {}
+        columns(whole || columns > kLaneColumns ? kLaneColumns
+                : columns < 0                   ? 0
+                                                : static_cast<int>(columns)),
+        whole(whole) {}
 
-  __device__ int valid(int i) const { return 8 * i < rows ? columns : 0; }
+  // Columns of row i of a tile that is there.
+  __device__ int valid(int i) const { return whole || 8 * i < rows ? columns : 0; }
 };
 
 template <DType kDType>

@@ -131,10 +131,14 @@ def test_compose_is_one_rounding_and_the_forward_uses_it(cuda_device, dtype):
         first = rows.stop
 
 
+def shifted(tensor):
+    """A copy at an address that takes no 16-byte accesses."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+
+
 def test_weights_at_odd_addresses_give_the_same_bits(cuda_device):
     problem = on_device(make_problem([20], 48, (5,), dtype=torch.float16), cuda_device)
     weight = problem.group[0].weight
-    shifted = weight.new_empty(weight.numel() + 1)[1:].view_as(weight).copy_(weight)
     results = [
         compose(
             [problem.group[0]._replace(weight=w)],
@@ -142,9 +146,30 @@ def test_weights_at_odd_addresses_give_the_same_bits(cuda_device):
             scale=problem.scale,
             backend="cuda",
         )
-        for w in (weight, shifted)
+        for w in (weight, shifted(weight))
     ]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("mode", [SAMPLED, HARD], ids=["sampled", "hard"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("initial", [True, False])
+def test_regular_launches_give_the_bits_of_others(cuda_device, initial, dtype, mode):
+    """Whole tiles at 16-byte addresses, and the same at others; then held to fp64."""
+    sizes = {"rank": 16, "mask_rank": 16, "dtype": dtype, "initial": initial}
+    problem = make_problem([96, 160], 256, (3,), **sizes)
+    hold_forward(problem, cuda_device, mode)
+    regular = on_device(problem, cuda_device)
+    other = [p._replace(weight=shifted(p.weight)) for p in regular.group]
+    results = [
+        [*out[1:], compose(group, out.bits, scale=problem.scale, backend="cuda")]
+        for group in (regular.group, other)
+        for out in [masked_linear(regular.x, group, **regular.scalars(), **mode, backend="cuda")]
+    ]
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+    drawn = draw(regular, "cuda", mode["hard"])
+    assert torch.equal(drawn, results[0][-2].cpu()), "alone and with W_eff"
 
 
 def test_two_runs_are_bit_equal(cuda_device):

@@ -285,6 +285,15 @@ T shuffle_xor(T value, int lane_mask) {
   return value;
 }
 
+inline uint32_t broadcast(uint32_t value) {
+  host::exchange(&value, 1, [&](const host::WarpWords& warp) { value = warp.words[0][0]; });
+  return value;
+}
+
+inline uint32_t shift_right(uint32_t high, uint32_t low, int by) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> by);
+}
+
 // Reads the address, so that a sanitiser sees one that is not there.
 inline void prefetch_line(const void* global) {
   [[maybe_unused]] const volatile char first = *static_cast<const volatile char*>(global);
