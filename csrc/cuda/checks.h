@@ -13,6 +13,8 @@ constexpr int64_t kLargestInt32 = 0x7FFFFFFF;
 
 inline thread_local char last_error[256] = "";
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int64_t bytes_of(int64_t dtype) { return dtype == STAMINA_FLOAT32 ? 4 : 2; }
 
 // `where` and `index` name what holds the argument: "members", 3 for members[3].

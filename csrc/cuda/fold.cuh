@@ -6,9 +6,13 @@
 // 10 KiB. Each thread makes two or three 16-byte copies of that; bulk copies, issued row by row by
 // a few threads while the others wait, took half as long again. P of 16 x 32 weights comes
 // from four mma on the committed fp16 factors, whose products are exact, and is added under the
-// mask at once. That addition, one instruction to select and one to add for each weight and
-// concept, is what binds, not the matrix units: a rank of 16 gives them one instruction for 128
-// weights, so wgmma would not shorten anything.
+// mask at once.
+//
+// What binds is shared memory, through which all of that goes in and out again, and the issue of
+// instructions: one to add for each weight of a lane and concept, and two to select eight of them.
+// The matrix units wait, so wgmma would not shorten anything. Where a whole launch is regular (one
+// 16-bit dtype; rows, columns and ranks that fill the tiles; vectors at their addresses) a kernel
+// of its own has every case distinction decided and every address in a stage a constant.
 #pragma once
 
 #include "tile.cuh"
@@ -17,18 +21,18 @@ namespace stamina::cuda {
 
 constexpr int kFoldThreads = 256;
 constexpr int kFoldRows = 128;
-constexpr int kFoldStages = 4;
+constexpr unsigned kFoldStages = 4;
 constexpr int kFoldWarpRows = 64;
 constexpr int kFoldLaneRows = kFoldWarpRows / 8;
 constexpr int kBlockWords = kBlockColumns / 32;
 
 // kRankStep of the rank of one adapter, from rank `first` on.
-struct FoldStep {
+struct alignas(16) FoldStep {
   const uint16_t *A, *B;  // fp16, from that rank on
   const uint32_t* bits;
-  int32_t rank, depth;  // of the adapter, and of that what is left
   float coefficient;
-  bool regular;  // every row of the step and of a task is whole vectors, at their addresses
+  int32_t rank, depth;  // of the adapter, and of that what is left
+  bool regular;         // every row of the step and of a task is whole vectors, at their addresses
 };
 
 struct FoldLayer {
@@ -44,13 +48,14 @@ struct FoldLayer {
 struct FoldStage {
   Factors<uint16_t, kFoldRows> factors;
   alignas(16) uint32_t bits[kFoldRows * kBlockWords];
-  float coefficient;
 };
 
 using FoldStages = FoldStage[kFoldStages];
 // Steps of a layer that are in shared memory at a time: read from device memory one by one, each
-// would keep its block waiting.
+// would keep its block waiting. Those that are copied ahead of the last one added are among them.
 constexpr unsigned kStepsHeld = 64;
+constexpr unsigned kStepsAdded = kStepsHeld - kFoldStages;
+static_assert(kStepsAdded % kFoldStages == 0);
 using HeldSteps = FoldStep[kStepsHeld];
 using FoldCopies = Copies<kFoldThreads, kFoldStages, false>;
 
@@ -64,60 +69,98 @@ struct FoldTask {
 // The last layer that begins at or before a task: found by a warp, every lane gets it.
 __device__ inline int layer_of_task(const FoldLayer* layers, int count, int task) {
   int begun = 0;
+#pragma unroll 1
   for (int k = static_cast<int>(threadIdx.x % 32); k < count; k += 32) {
     begun += layers[k].first_task <= task;
   }
-  for (int distance = 16; distance > 0; distance /= 2) begun += shuffle_xor(begun, distance);
-  return begun - 1;
+  return warp_sum(begun) - 1;
 }
 
 __device__ inline FoldTask fold_task(const FoldLayer* layers, int number, int block) {
   const FoldLayer layer = layers[number];
-  const int index = block - layer.first_task;
-  const int row = index / layer.column_tasks * kFoldRows;
-  const int column = index % layer.column_tasks * kBlockColumns;
+  const auto index = static_cast<unsigned>(block - layer.first_task);
+  const auto column_tasks = static_cast<unsigned>(layer.column_tasks);
+  const int row = static_cast<int>(index / column_tasks) * kFoldRows;
+  const int column = static_cast<int>(index % column_tasks) * kBlockColumns;
   const int rows = layer.rows - row < kFoldRows ? layer.rows - row : kFoldRows;
   const int64_t columns = layer.in_features - column;
   return {layer,  number, row,
           column, rows,   columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
 }
 
-// Where a thread reads of a step whose copies need no case distinctions, and whether it does: three
-// vectors of 16 bytes, counted in vectors from the step's pointers.
+// Called by all threads, between barriers.
+__device__ inline void hold_steps(HeldSteps& held, const FoldStep* steps, unsigned count) {
+  constexpr unsigned kWords = sizeof(FoldStep) / sizeof(uint64_t);
+  const auto* from = reinterpret_cast<const uint64_t*>(steps);
+  auto* to = reinterpret_cast<uint64_t*>(held);
+#pragma unroll 1
+  for (unsigned w = threadIdx.x; w < count * kWords; w += kFoldThreads) to[w] = from[w];
+}
+
+// Where a stage has the vectors of 16 bytes of its factors. Regular steps have no gaps, so that a
+// thread's copies all go to its own vector; vectors change places within a row instead, so that
+// what a warp reads at once lies in different banks.
+template <bool kRegular>
+struct Placed {
+  static constexpr unsigned kLeft = kRankStep / 8, kRight = kBlockColumns / 8;  // vectors of a row
+  static constexpr int kStride = kRegular ? kBlockColumns : kRightStride<uint16_t>;
+
+  __device__ static unsigned left(unsigned row, unsigned vector) {
+    return kRegular ? vector ^ (row / 4 % 2) : vector;
+  }
+  __device__ static unsigned right(unsigned row, unsigned vector) {
+    return kRegular ? vector ^ (row / 2 % 4 * 2) : vector;
+  }
+};
+
+// Where a thread reads of a step whose copies need no case distinctions: three vectors of 16 bytes,
+// counted in elements of A and in vectors from the step's other pointers. Instead of rows beyond
+// the last it reads the last again: they touch only results that are never used.
+template <bool kRegular>
 struct RegularCopies {
-  uint32_t row, right, bits;
-  bool has_row, has_bits;
+  using Place = Placed<kRegular>;
+  uint32_t row, left, right, bits;
 
   __device__ explicit RegularCopies(const FoldTask& task) {
     const auto thread = static_cast<unsigned>(threadIdx.x);
     const auto features = static_cast<uint32_t>(task.layer.in_features);
-    row = task.row + thread / kLeft;
-    right = thread / kRight * (features / 8) + task.column / 8 + thread % kRight;
-    bits = (task.row + thread) * (features / kBlockColumns) + task.column / kBlockColumns;
-    has_row = static_cast<int>(thread / kLeft) < task.rows;
-    has_bits = static_cast<int>(thread) < task.rows;
+    const auto last = static_cast<unsigned>(task.rows - 1);
+    const auto row_of = [&](unsigned r) { return task.row + (r < last ? r : last); };
+    const unsigned left_row = thread / Place::kLeft, right_row = thread / Place::kRight;
+    row = row_of(left_row);
+    left = 8 * Place::left(left_row, thread % Place::kLeft);
+    right = right_row * (features / 8) + task.column / 8 +
+            Place::right(right_row, thread % Place::kRight);
+    bits = row_of(thread) * (features / kBlockColumns) + task.column / kBlockColumns;
   }
 
   __device__ void copy(FoldStage& to, const FoldStep& step) const {
     const auto thread = static_cast<unsigned>(threadIdx.x);
-    const auto vectors = [](const void* p) { return static_cast<const uint4*>(p); };
-    const auto left = static_cast<uint64_t>(row) * (static_cast<uint32_t>(step.rank) / 8);
-    if (has_row) {
-      copy_vector_async(to.factors.left + thread * 8, vectors(step.A) + left + thread % kLeft);
-    }
-    copy_vector_async(
-        to.factors.right + thread / kRight * kRightStride<uint16_t> + thread % kRight * 8,
-        vectors(step.B) + right);
-    if (has_bits) copy_vector_async(to.bits + thread * kBlockWords, vectors(step.bits) + bits);
+    // addresses first: copies that follow each other are issued without a pause
+    const uint16_t* from_left = step.A + (row * static_cast<uint32_t>(step.rank) + left);
+    const auto* from_right = reinterpret_cast<const uint4*>(step.B) + right;
+    const auto* from_bits = reinterpret_cast<const uint4*>(step.bits) + bits;
+    uint16_t* to_right =
+        to.factors.right + thread / Place::kRight * Place::kStride + thread % Place::kRight * 8;
+    copy_vector_async(to.factors.left + thread * 8, from_left);
+    copy_vector_async(to_right, from_right);
+    if (thread < kFoldRows) copy_vector_async(to.bits + thread * kBlockWords, from_bits);
   }
 
-  static constexpr unsigned kLeft = kRankStep / 8, kRight = kBlockColumns / 8;  // vectors of a row
-  static_assert(kFoldThreads == kFoldRows * kLeft && kFoldThreads == kRankStep * kRight &&
-                kBlockColumns == 8 * sizeof(uint4));
+  // Calls the task's rows of a 16-bit matrix into L2, a line for each thread.
+  __device__ void prefetch(const void* matrix, const FoldTask& task) const {
+    const int64_t element = row * task.layer.in_features + task.column +
+                            threadIdx.x % Place::kLeft * (kBlockColumns / Place::kLeft);
+    prefetch_line(static_cast<const uint16_t*>(matrix) + element);
+  }
+
+  static_assert(kFoldThreads == kFoldRows * Place::kLeft &&
+                kFoldThreads == kRankStep * Place::kRight && kBlockColumns == 8 * sizeof(uint4));
 };
 
-__device__ inline void copy_irregular(FoldCopies& copies, int stage, FoldStage& to,
-                                      const FoldStep& step, const FoldTask& task) {
+__device__ inline void copy_irregular(FoldStage& to, const FoldStep& step, const FoldTask& task) {
+  FoldCopies copies;
+  constexpr int stage = 0;  // matters to bulk copies only
   const int64_t features = task.layer.in_features, words = (features + 31) / 32;
   stage_factors(copies, stage, to.factors, step.A + static_cast<int64_t>(task.row) * step.rank,
                 step.B + task.column, step.rank, features, step.depth, task.rows, task.columns);
@@ -126,15 +169,33 @@ __device__ inline void copy_irregular(FoldCopies& copies, int stage, FoldStage& 
                                       task.rows, (task.columns + 31) / 32);
 }
 
+// Where a lane reads of a stage, in elements of the factors and in bytes of the bits.
+template <bool kRegular>
+struct StageReads {
+  using Place = Placed<kRegular>;
+  uint32_t left, right, bits;
+
+  __device__ explicit StageReads(const Lane& lane) {
+    const unsigned first_row = lane.warp / 4 * kFoldWarpRows, word = lane.warp % 4;
+    // ldmatrix wants of each lane the address of row lane % 16, its first or second 8 of the rank
+    const unsigned row = threadIdx.x % 16, half = threadIdx.x % 32 / 16;
+    left = (first_row + row) * kRankStep + 8 * Place::left(row, half);
+    // rows k, k + 1, k + 8 and k + 9 have their vectors in the same places
+    const unsigned k = 2 * lane.quad, column = word * kWarpColumns + 4 * lane.row;
+    right = k * Place::kStride + 8 * Place::right(k, column / 8) + column % 8;
+    bits = (first_row + lane.row) * kBlockWords * 4 + 4 * word + lane.quad;
+  }
+};
+
 // The fragments of B for the four mma of a block: columns in the order of tile.cuh, k in that of
 // ldmatrix, which loads A.
-__device__ inline void load_right(uint32_t (&b)[4][2], const uint16_t* right, const Lane& lane) {
-  const uint16_t* p_right = right + 2 * lane.quad * kRightStride<uint16_t> + 4 * lane.row;
+template <int kStride>
+__device__ void load_right(uint32_t (&b)[4][2], const uint16_t* right) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint16_t* row = p_right + 8 * half * kRightStride<uint16_t>;
+    const uint16_t* row = right + 8 * half * kStride;
     const uint2 x = *reinterpret_cast<const uint2*>(row);
-    const uint2 y = *reinterpret_cast<const uint2*>(row + kRightStride<uint16_t>);
+    const uint2 y = *reinterpret_cast<const uint2*>(row + kStride);
     b[0][half] = permute_bytes(x.x, y.x, 0x5410);
     b[1][half] = permute_bytes(x.x, y.x, 0x7632);
     b[2][half] = permute_bytes(x.y, y.y, 0x5410);
@@ -147,25 +208,20 @@ __device__ inline void add_masked(float (&total)[kLaneColumns], uint32_t bits, f
                                   const float (&product)[kLaneColumns]) {
 #pragma unroll
   for (int j = 0; j < kLaneColumns; ++j) {
-    if ((bits & (1u << j)) != 0) total[j] = fmaf(coefficient, product[j], total[j]);
+    if (and_bits(bits, 1u << j) != 0) total[j] = fmaf(coefficient, product[j], total[j]);
   }
 }
 
-__device__ inline void add_stage(float (&total)[kFoldLaneRows][kLaneColumns],
-                                 const FoldStage& stage, const Lane& lane) {
-  const int warp_row = lane.warp / 4 * kFoldWarpRows, warp_word = lane.warp % 4;
-  const auto* bytes = reinterpret_cast<const uint8_t*>(stage.bits);
+template <bool kRegular>
+__device__ void add_stage(float (&total)[kFoldLaneRows][kLaneColumns], const FoldStage& stage,
+                          float coefficient, const StageReads<kRegular>& at) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(stage.bits) + at.bits;
   uint32_t b[4][2];
-  load_right(b, stage.factors.right + kWarpColumns * warp_word, lane);
-  // the address that ldmatrix wants of each lane: row lane % 16, its first or second 8 of the rank
-  const int thread = static_cast<int>(threadIdx.x % 32);
-  const uint16_t* p_left =
-      stage.factors.left + (warp_row + thread % 16) * kRankStep + thread / 16 * 8;
+  load_right<Placed<kRegular>::kStride>(b, stage.factors.right + at.right);
 #pragma unroll
   for (int i = 0; i < kFoldLaneRows; i += 2) {
-    const int row = warp_row + 8 * i + lane.row;
     uint32_t a[4];
-    load_matrices(a, p_left + 8 * i * kRankStep);
+    load_matrices(a, stage.factors.left + at.left + 8 * i * kRankStep);
     float product[2][kLaneColumns];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -176,8 +232,7 @@ __device__ inline void add_stage(float (&total)[kFoldLaneRows][kLaneColumns],
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t bits = bytes[(row + 8 * h) * kBlockWords * 4 + 4 * warp_word + lane.quad];
-      add_masked(total[i + h], bits, stage.coefficient, product[h]);
+      add_masked(total[i + h], bytes[8 * (i + h) * kBlockWords * 4], coefficient, product[h]);
     }
   }
 }
@@ -189,17 +244,26 @@ constexpr float kRoundsToInfinity = kDType == DType::kFloat16    ? 65520.0f
                                                                  : INFINITY;
 
 // W = round(W_init + total) for a lane's rows. Returns whether every result is finite.
-template <DType kDType>
+template <bool kRegular, DType kDType>
 __device__ bool store_folded(const FoldTask& task,
                              const float (&total)[kFoldLaneRows][kLaneColumns], int row,
-                             int64_t column) {
+                             int column) {
   const FoldLayer& layer = task.layer;
   const int64_t element = row * layer.in_features + column;
-  const LaneRows<const char> from(layer.initial, kDType, layer.in_features, element);
-  const LaneRows<char> weight(layer.weight, kDType, layer.in_features, element);
-  const Extent extent(layer.rows - row, layer.in_features - column);
-  bool finite = true;
-  constexpr int kTogether = 2;  // rows: more do not fit the registers
+  LaneRows<const char> from(layer.initial, kDType, layer.in_features, element);
+  LaneRows<char> weight(layer.weight, kDType, layer.in_features, element);
+  Extent extent(layer.rows - row, layer.in_features - column);
+  if constexpr (kRegular) {
+    if (layer.rows <= row) return true;
+    // all known: no tests are left, and steps from row to row take one addition
+    extent = Extent(kFoldWarpRows, kLaneColumns);
+    from.vectors = weight.vectors = true;
+    from.step = weight.step = static_cast<uint32_t>(from.step);
+  }
+  // a maximum that keeps a NaN, in several chains
+  constexpr int kChains = 4;
+  float largest[kChains] = {};
+  constexpr int kTogether = kRegular ? kFoldLaneRows : 2;  // rows: more do not fit the registers
 #pragma unroll
   for (int first = 0; first < kFoldLaneRows; first += kTogether) {
     float initial[kTogether][kLaneColumns];
@@ -211,77 +275,101 @@ __device__ bool store_folded(const FoldTask& task,
 #pragma unroll
       for (int j = 0; j < kLaneColumns; ++j) {
         sum[j] = initial[i][j] + total[first + i][j];
-        if (j < valid && !(fabsf(sum[j]) < kRoundsToInfinity<kDType>)) finite = false;
+        float& l = largest[j % kChains];
+        if (j < valid) l = max_or_nan(l, fabsf(sum[j]));
       }
       store_row<kDType>(weight, first + i, valid, sum);
     }
   }
-  return finite;
+  const float all =
+      max_or_nan(max_or_nan(largest[0], largest[1]), max_or_nan(largest[2], largest[3]));
+  return all < kRoundsToInfinity<kDType>;
 }
 
-// overflow: one flag per layer, zero before.
-__global__ void __launch_bounds__(kFoldThreads, 2)
-    fold_kernel(const FoldLayer* layers, int32_t count, const FoldStep* all_steps,
-                int32_t* overflow) {
+// overflow: one flag per layer, zero before. kRegular: every step is regular, every layer is of
+// kDType, and a warp has all of its rows or none, whole vectors at their addresses.
+template <bool kRegular, DType kDType>
+__device__ void fold_block(const FoldLayer* layers, int32_t count, const FoldStep* all_steps,
+                           int32_t* overflow) {
   STAMINA_SHARED(FoldStages, stages);
   STAMINA_SHARED(HeldSteps, held);
   STAMINA_SHARED(FoldTask, task);
-  if (threadIdx.x < 32) {
-    const int block = static_cast<int>(blockIdx.x), number = layer_of_task(layers, count, block);
-    if (threadIdx.x == 0) task = fold_task(layers, number, block);
+  const int block = static_cast<int>(blockIdx.x);
+  // every warp finds the task, to go on without waiting for another one
+  const FoldTask own = fold_task(layers, layer_of_task(layers, count, block), block);
+  if (threadIdx.x == 0) task = own;
+  const RegularCopies<kRegular> regular(own);
+  const auto steps = static_cast<unsigned>(own.layer.steps);
+  const FoldStep* const layer_steps = all_steps + own.layer.first_step;
+  if constexpr (kRegular) {
+    regular.prefetch(own.layer.initial, own);
+  } else {
+    prefetch_rows<kFoldThreads>(own.layer.initial, own.layer.dtype, own.layer.in_features, own.row,
+                                own.rows, own.column, own.columns);
   }
-  block_barrier();
+  const auto copy = [&](FoldStage& stage, const FoldStep& step) {
+    if (kRegular || step.regular) {
+      regular.copy(stage, step);
+    } else {
+      copy_irregular(stage, step, task);
+    }
+  };
   const Lane lane;
-  FoldCopies copies;
-  const RegularCopies regular(task);
+  const StageReads<kRegular> at(lane);
   constexpr unsigned kAhead = kFoldStages - 1;
-  const auto steps = static_cast<unsigned>(task.layer.steps);
   float total[kFoldLaneRows][kLaneColumns] = {};
-  // one step is added while those up to `copied` are on their way
 #pragma unroll 1
-  for (unsigned copied = 0; copied < steps + kAhead; ++copied) {
-    const unsigned added = copied - kAhead, stage = added % kFoldStages;
-    if (copied >= kAhead) {
-      copies.wait<kAhead - 1>(stage, added / kFoldStages % 2);
+  for (unsigned first = 0; first < steps; first += kStepsAdded) {
+    const unsigned left = steps - first;
+    if (first > 0) block_barrier();
+    hold_steps(held, layer_steps + first, left < kStepsHeld ? left : kStepsHeld);
+    block_barrier();
+    if (first == 0) {
+#pragma unroll(kRegular ? kAhead : 1)
+      for (unsigned k = 0; k < kAhead; ++k) {
+        if (k < steps) copy(stages[k], held[k]);
+        commit_async_copies();
+      }
+    }
+    const auto add = [&](unsigned k, unsigned stage) {
+      wait_async_copies<kAhead - 1>();
       block_barrier();  // also: every thread is done with the stage that is copied into next
-    }
-    const unsigned next = copied % kFoldStages;
-    if (copied < steps) {
-      if (copied % kStepsHeld == 0) {
-        block_barrier();
-        const unsigned step = copied + threadIdx.x;
-        if (threadIdx.x < kStepsHeld && step < steps) {
-          held[threadIdx.x] = all_steps[task.layer.first_step + step];
-        }
-        block_barrier();
-      }
-      const FoldStep& step = held[copied % kStepsHeld];
-      if (threadIdx.x == 0) stages[next].coefficient = step.coefficient;
-      if (step.regular) {
-        regular.copy(stages[next], step);
-      } else {
-        copy_irregular(copies, static_cast<int>(next), stages[next], step, task);
-      }
-    }
-    copies.publish(next);
-    if (copied == 0) {
-      prefetch_rows<kFoldThreads>(task.layer.initial, task.layer.dtype, task.layer.in_features,
-                                  task.row, task.rows, task.column, task.columns);
-    }
-    if (copied >= kAhead) add_stage(total, stages[stage], lane);
+      const unsigned next = k + kAhead;
+      if (next < left) copy(stages[(stage + kAhead) % kFoldStages], held[next]);
+      commit_async_copies();
+      add_stage<kRegular>(total, stages[stage], held[k].coefficient, at);
+    };
+    const unsigned added = left < kStepsAdded ? left : kStepsAdded;
+    // unrolled, all addresses in the stages are constants from the thread's own
+#pragma unroll(kRegular ? kFoldStages : 1)
+    for (unsigned k = 0; k < added; ++k) add(k, k % kFoldStages);
   }
 
   const int row = task.row + lane.warp / 4 * kFoldWarpRows + lane.row;
-  const int64_t column = task.column + lane.warp % 4 * kWarpColumns + kLaneColumns * lane.quad;
+  const int column = task.column + lane.warp % 4 * kWarpColumns + kLaneColumns * lane.quad;
   bool finite;
-  if (task.layer.dtype == DType::kFloat32) {
-    finite = store_folded<DType::kFloat32>(task, total, row, column);
+  if constexpr (kRegular) {
+    finite = store_folded<true, kDType>(task, total, row, column);
+  } else if (task.layer.dtype == DType::kFloat32) {
+    finite = store_folded<false, DType::kFloat32>(task, total, row, column);
   } else if (task.layer.dtype == DType::kBFloat16) {
-    finite = store_folded<DType::kBFloat16>(task, total, row, column);
+    finite = store_folded<false, DType::kBFloat16>(task, total, row, column);
   } else {
-    finite = store_folded<DType::kFloat16>(task, total, row, column);
+    finite = store_folded<false, DType::kFloat16>(task, total, row, column);
   }
   if (!finite) overflow[task.layer_index] = 1;
+}
+
+__global__ void __launch_bounds__(kFoldThreads, 2)
+    fold_kernel(const FoldLayer* layers, int32_t count, const FoldStep* steps, int32_t* overflow) {
+  fold_block<false, DType::kFloat32>(layers, count, steps, overflow);
+}
+
+template <DType kDType>
+__global__ void __launch_bounds__(kFoldThreads, 2)
+    fold_regular_kernel(const FoldLayer* layers, int32_t count, const FoldStep* steps,
+                        int32_t* overflow) {
+  fold_block<true, kDType>(layers, count, steps, overflow);
 }
 
 }  // namespace stamina::cuda

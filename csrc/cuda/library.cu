@@ -3,14 +3,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "checks.h"
 #include "compose.cuh"
-#include "fold.cuh"
+#include "fold_tables.h"
 
 namespace stamina::cuda {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What an operation reads of its members.
 struct Reads {
@@ -174,85 +171,6 @@ struct LaunchSampleCompose {
   }
 };
 
-bool check_layer(const stamina_layer& layer, int64_t index) {
-  return Checks("layers", index)
-      .dtype("dtype", layer.dtype)
-      .pointer("weight", layer.weight, bytes_of(layer.dtype))
-      .pointer("weight_init", layer.weight_init, bytes_of(layer.dtype))
-      .size("out_features", layer.out_features, 1)
-      .size("in_features", layer.in_features, 1, kLargestInt32 - kBlockColumns)
-      .size("adapters", layer.adapters, 1)
-      .ok();
-}
-
-bool check_adapter(const stamina_adapter& adapter, int64_t index) {
-  return Checks("adapters", index)
-      .pointer("A", adapter.A, 2)
-      .pointer("B", adapter.B, 2)
-      .pointer("bits", adapter.bits, 4)
-      .size("rank", adapter.rank, 1)
-      .ok();
-}
-
-struct FoldTables {
-  std::vector<FoldLayer> layers;
-  std::vector<FoldStep> steps;
-  int64_t tasks = 0;
-};
-
-// Appends the steps of an adapter of a layer.
-void add_steps(const stamina_adapter& adapter, const stamina_layer& layer,
-               std::vector<FoldStep>& steps) {
-  const int64_t in_features = layer.in_features;
-  // a vector of bits, 128 weights, is counted in 32 bits
-  const bool counts = layer.out_features < (int64_t{1} << 39) / in_features;
-  const bool vectors = adapter.rank % 8 == 0 && in_features % kBlockColumns == 0 && counts &&
-                       is_aligned(adapter.A) && is_aligned(adapter.B) && is_aligned(adapter.bits);
-  for (int64_t first = 0; first < adapter.rank; first += kRankStep) {
-    const int64_t depth = adapter.rank - first < kRankStep ? adapter.rank - first : kRankStep;
-    steps.push_back({static_cast<const uint16_t*>(adapter.A) + first,
-                     static_cast<const uint16_t*>(adapter.B) + first * in_features,
-                     static_cast<const uint32_t*>(adapter.bits), static_cast<int32_t>(adapter.rank),
-                     static_cast<int32_t>(depth), static_cast<float>(adapter.coefficient),
-                     vectors && depth == kRankStep});
-  }
-}
-
-// False where an argument is wrong.
-bool fold_tables(const stamina_layer* layers, int64_t layer_count, const stamina_adapter* adapters,
-                 int64_t adapter_count, FoldTables& tables) {
-  int64_t used = 0;
-  for (int64_t k = 0; k < layer_count; ++k) {
-    const stamina_layer& layer = layers[k];
-    if (!check_layer(layer, k)) return false;
-    if (!Checks("layers", k)
-             .require("adapters", layer.adapters <= adapter_count - used,
-                      "must not exceed adapter_count, all layers together")
-             .ok()) {
-      return false;
-    }
-    const auto first_step = static_cast<int64_t>(tables.steps.size());
-    for (int64_t t = used; t < used + layer.adapters; ++t) {
-      if (!check_adapter(adapters[t], t)) return false;
-      add_steps(adapters[t], layer, tables.steps);
-    }
-    const auto end_step = static_cast<int64_t>(tables.steps.size());
-    if (!Checks().size("the sum of adapters[*].rank / 16", end_step, 1).ok()) return false;
-    const int64_t column_tasks = ceil_div(layer.in_features, kBlockColumns);
-    tables.layers.push_back(
-        {layer.weight, layer.weight_init, layer.in_features,
-         static_cast<int32_t>(layer.out_features), static_cast<int32_t>(first_step),
-         static_cast<int32_t>(end_step - first_step), static_cast<int32_t>(tables.tasks),
-         static_cast<DType>(layer.dtype), static_cast<int32_t>(column_tasks)});
-    tables.tasks += ceil_div(layer.out_features, kFoldRows) * column_tasks;
-    if (!Checks().size("the number of tasks of all layers", tables.tasks, 1).ok()) return false;
-    used += layer.adapters;
-  }
-  return Checks()
-      .require("adapter_count", used == adapter_count, "must be the sum of layers[*].adapters")
-      .ok();
-}
-
 template <typename T>
 const char* copy_to_device(T* device, const std::vector<T>& host, void* stream) {
   return copy_bytes_to_device(device, host.data(), static_cast<int64_t>(host.size() * sizeof(T)),
@@ -390,7 +308,11 @@ int stamina_fold(const stamina_layer* layers, int64_t layer_count, const stamina
   const char* error = copy_to_device(device_layers, tables.layers, stream);
   if (error == nullptr) error = copy_to_device(device_steps, tables.steps, stream);
   if (error == nullptr) {
-    error = launch(fold_kernel, {tables.tasks, kFoldThreads}, stream,
+    const auto kernel = !tables.regular ? fold_kernel
+                        : layers[0].dtype == STAMINA_BFLOAT16
+                            ? fold_regular_kernel<DType::kBFloat16>
+                            : fold_regular_kernel<DType::kFloat16>;
+    error = launch(kernel, {tables.tasks, kFoldThreads}, stream,
                    static_cast<const FoldLayer*>(device_layers), static_cast<int32_t>(layer_count),
                    static_cast<const FoldStep*>(device_steps), static_cast<int32_t*>(overflow));
   }

@@ -37,6 +37,21 @@ __device__ inline float reciprocal_approx(float x) {
   return result;
 }
 
+// NaN where either is.
+__device__ inline float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// a & b, which the compiler does not look into: of eight such tests of one word it makes two
+// instructions, of (word & 1) != 0 among them it would make four.
+__device__ inline uint32_t and_bits(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("and.b32 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
 // Two values in one word, `low` in its low half.
 __device__ inline uint32_t pack_bf16(float low, float high) {
   uint32_t result;
@@ -96,6 +111,8 @@ __device__ inline uint32_t broadcast(uint32_t value) { return __shfl_sync(0xFFFF
 __device__ inline uint32_t shift_right(uint32_t high, uint32_t low, int by) {
   return __funnelshift_r(low, high, by);
 }
+
+__device__ inline int warp_sum(int value) { return __reduce_add_sync(0xFFFFFFFFu, value); }
 
 __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));

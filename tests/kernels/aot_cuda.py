@@ -24,11 +24,12 @@ from stamina_kernels import cuda
 
 DTYPES = {None: "any", "0": "fp32", "1": "bf16", "2": "fp16"}
 # Static shared memory of a block, of which a multiprocessor has room for several. What a launch
-# adds is not in the code: 16 KiB for sample_compose.
-BUDGET = Budget("cuda_budget.csv", {"80": 48 << 10, "90a": 48 << 10})
+# adds is not in the code: 32 KiB for compose, 16 KiB for sample_compose.
+BUDGET = Budget("cuda_budget.csv", {"80": 48 << 10, "90": 48 << 10})
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 MATRIX = re.compile(r"\bHMMA\b")
-KERNEL = re.compile(r"\d([a-z_]+)_kernel(?:ILNS0_5DTypeE(\d))?")
+# template arguments: the dtype of the results, whether launches are regular
+KERNEL = re.compile(r"\d([a-z_]+)_kernel(?:I(?:LNS0_5DTypeE(\d)E)?(Lb1)?)?")
 
 
 def find_tool(name: str) -> str | None:
@@ -46,13 +47,14 @@ def run_tool(name: str, *arguments: str, cwd: str) -> str:
 
 
 def costs_of(cubin: Path) -> Iterator[Cost]:
-    arch = re.search(r"sm_(\w+)\.cubin", cubin.name)[1]
+    arch = re.search(r"sm_(\d+)", cubin.name)[1]
     compiler = re.search(rb"release \d+\.\d+, V([\d.]+)", cubin.read_bytes())
     usage = run_tool("cuobjdump", "--dump-resource-usage", cubin.name, cwd=str(cubin.parent))
     code = run_tool("nvdisasm", "-c", cubin.name, cwd=str(cubin.parent))
     sections = dict(re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", code, re.M | re.S))
     for function, numbers in re.findall(r"Function (\S+?):\s+(.*)", usage):
-        name, dtype = KERNEL.search(function).groups()
+        name, dtype, regular = KERNEL.search(function).groups()
+        name += "_regular" if regular else ""
         value = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", numbers))
         body = sections[function]
         yield Cost(

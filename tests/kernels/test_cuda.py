@@ -216,6 +216,66 @@ def move(adapter, device):
     return {name: getattr(adapter, name).to(device) for name in ("A", "B", "bits")}
 
 
+# steps: one; less than there are stages; more than are held; and 64 rows beyond whole tasks
+REGULAR = [((128, 128), 16, 1), ((192, 256), 32, 1), ((64, 128), 16, 7), ((192, 128), 32, 33)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "rank", "concepts"), REGULAR)
+def test_fold_of_regular_layers_gives_the_bits_of_any_addresses(
+    cuda_device, dtype, shape, rank, concepts
+):
+    adapters = [a._replace(**move(a, cuda_device)) for a in committed(*shape, rank, concepts)]
+    odd = [a._replace(A=shifted(a.A), B=shifted(a.B), bits=shifted(a.bits)) for a in adapters]
+    start = make_problem([shape[0]], shape[1], (1,), dtype=dtype).group[0].weight.to(cuda_device)
+    results = []
+    for initial, layer in ((start, adapters), (shifted(start), adapters), (start, odd)):
+        weight = torch.full_like(initial, float("nan"))
+        fold_([weight], [initial], [layer], backend="cuda")
+        results.append(weight.view(torch.int16))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_fold_of_regular_layers_of_several_ranks_and_shapes(cuda_device):
+    shapes, ranks = [(64, 256), (320, 128)], [[16, 48, 32], [32]]
+    layers = [
+        [committed(*s, r, 1)[0] for r in layer] for s, layer in zip(shapes, ranks, strict=True)
+    ]
+    layers = [[a._replace(**move(a, cuda_device)) for a in layer] for layer in layers]
+    start = [make_problem([o], i, (1,), dtype=torch.float16).group[0].weight for o, i in shapes]
+    results = []
+    for initial in (
+        [w.to(cuda_device) for w in start],
+        [shifted(w.to(cuda_device)) for w in start],
+    ):
+        weights = [torch.full_like(w, float("nan")) for w in initial]
+        fold_(weights, initial, layers, backend="cuda")
+        results.append(weights)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "max", "-max"])
+def test_fold_that_overflows_in_one_element(cuda_device, dtype, value):
+    """Where every row is whole vectors and where not; the largest number itself is none."""
+    for shape in ((192, 128), (9, 33)):
+        adapter = committed(*shape, 16, 1)[0]
+        adapter = adapter._replace(
+            A=torch.zeros_like(adapter.A), bits=torch.full_like(adapter.bits, -1)
+        )
+        adapter = adapter._replace(**move(adapter, cuda_device))
+        start = torch.ones(shape, dtype=dtype, device=cuda_device)
+        start[-1, -1] = torch.finfo(dtype).max if value.endswith("max") else float(value)
+        start[-1, -1] *= -1 if value == "-max" else 1
+        weight = torch.zeros_like(start)
+        if value.endswith("max"):
+            fold_([weight], [start], [[adapter]], backend="cuda")
+            assert torch.equal(weight, start)
+            continue
+        with pytest.raises(OverflowError, match="layer 0 overflows"):
+            fold_([weight], [start], [[adapter]], backend="cuda")
+
+
 def test_fold_of_mixed_dtypes_and_fold_that_overflows(cuda_device):
     adapter = committed(20, 50, 3, 1)[0]
     adapter = adapter._replace(**move(adapter, cuda_device))

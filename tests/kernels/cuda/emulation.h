@@ -204,12 +204,17 @@ inline bool kBulkCopies = false;
 inline float exp_approx(float x) { return std::exp(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
 
+inline float max_or_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b);
+}
+
 inline uint32_t pack_bf16(float low, float high) {
   return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16;
 }
 inline uint32_t pack_half(float low, float high) {
   return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
 }
+inline uint32_t and_bits(uint32_t a, uint32_t b) { return a & b; }
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
@@ -292,6 +297,11 @@ inline uint32_t broadcast(uint32_t value) {
 
 inline uint32_t shift_right(uint32_t high, uint32_t low, int by) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> by);
+}
+
+inline int warp_sum(int value) {
+  for (int distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
+  return value;
 }
 
 // Reads the address, so that a sanitiser sees one that is not there.
