@@ -219,7 +219,8 @@ template <DType kOut, bool kRegular>
 __device__ void compose_task(const Group& group, LaneTile* places) {
   STAMINA_SHARED(ComposeFactors, for_product);
   STAMINA_SHARED(uint64_t, barrier);
-  const Task task = task_of(group, static_cast<int>(blockIdx.x));
+  const Task task = task_of(group);
+  if (task.rows <= 0) return;
   const Member& member = group.member[task.member];
   const Lane lane;
   const int64_t features = group.in_features;
@@ -271,7 +272,8 @@ __device__ void sample_task(const Group& group, LaneTile* places) {
   STAMINA_SHARED(ComposeFactors, for_mask);
   STAMINA_SHARED(ComposeFactors, for_product);
   STAMINA_SHARED(uint64_t, barrier);
-  const Task task = task_of(group, static_cast<int>(blockIdx.x));
+  const Task task = task_of(group);
+  if (task.rows <= 0) return;
   const Member& member = group.member[task.member];
   const Lane lane;
   const int64_t features = group.in_features;
@@ -330,7 +332,9 @@ __device__ void sample_task(const Group& group, LaneTile* places) {
     }
     at.next_tile();
   }
-  if constexpr (kComposes) store_sums<kComposeThreads>(sums, group.partials + blockIdx.x);
+  if constexpr (kComposes) {
+    store_sums<kComposeThreads>(sums, group.partials + member.first_task + blockIdx.x);
+  }
 }
 
 template <bool kRegular>
@@ -360,9 +364,9 @@ struct Statistics {
 
 // One block of 32 threads per member: adds its tasks' partials in a fixed order.
 __global__ void __launch_bounds__(32)
-    statistics_kernel(const __grid_constant__ Group group, Statistics out, int32_t tasks) {
+    statistics_kernel(const __grid_constant__ Group group, Statistics out) {
   const int m = static_cast<int>(blockIdx.x);
-  const int end = m + 1 < group.members ? group.member[m + 1].first_task : tasks;
+  const int end = m + 1 < group.members ? group.member[m + 1].first_task : group.tasks;
   double forget = 0.0, sparse = 0.0;
   int64_t kept = 0, overlap = 0;
   for (int t = group.member[m].first_task + static_cast<int>(threadIdx.x); t < end; t += 32) {

@@ -30,6 +30,7 @@ constexpr int kMaxMembers = 38;
 struct Group {
   int64_t in_features;
   int32_t members, task_rows, column_tasks;
+  int32_t tasks, most_tasks;  // of all members, of one
   bool hard, relu;
   const int64_t *seed, *step;
   const float* scale;
@@ -45,22 +46,15 @@ struct Task {
   int column, columns;
 };
 
-__device__ inline Task task_of(const Group& group, int block) {
-  Task task{0, 0, 0, 0, 0};
-  int end = group.members;  // the member is in task.member .. end - 1
-  while (task.member + 1 < end) {
-    const int middle = (task.member + end) / 2;
-    if (group.member[middle].first_task <= block) {
-      task.member = middle;
-    } else {
-      end = middle;
-    }
-  }
-  const Member& member = group.member[task.member];
-  const int index = block - member.first_task;
-  task.row = index / group.column_tasks * group.task_rows;
-  task.column = index % group.column_tasks * kBlockColumns;
-  task.rows = member.rows - task.row < group.task_rows ? member.rows - task.row : group.task_rows;
+// Of a block of a grid of Group::most_tasks x members. Without rows where the member has fewer
+// tasks.
+__device__ inline Task task_of(const Group& group) {
+  const int number = static_cast<int>(blockIdx.y);
+  const auto column_tasks = static_cast<unsigned>(group.column_tasks);
+  Task task{number, static_cast<int>(blockIdx.x / column_tasks) * group.task_rows, 0,
+            static_cast<int>(blockIdx.x % column_tasks) * kBlockColumns, 0};
+  const int rows = group.member[number].rows - task.row;
+  task.rows = rows < group.task_rows ? rows : group.task_rows;
   const int64_t columns = group.in_features - task.column;
   task.columns = columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns;
   return task;

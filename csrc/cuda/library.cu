@@ -95,7 +95,7 @@ Member member_of(const stamina_member& m, int64_t first_row, int64_t first_task)
   return member;
 }
 
-// Calls launch(group, tasks, first_member, first_task) for up to kMaxMembers members at a time;
+// Calls launch(group, first_member, first_task) for up to kMaxMembers members at a time;
 // `group` holds what is common to all. Returns a status.
 template <typename Launch>
 int launch_group(Group group, const stamina_member* members, int64_t count, int64_t in_features,
@@ -110,14 +110,18 @@ int launch_group(Group group, const stamina_member* members, int64_t count, int6
   group.column_tasks = static_cast<int32_t>(ceil_div(in_features, kBlockColumns));
   int64_t first_row = 0, first_task = 0;
   for (int64_t begin = 0; begin < count; begin += kMaxMembers) {
-    int64_t tasks = 0;
+    int64_t tasks = 0, most_tasks = 0;
     group.members = 0;
     for (int64_t k = begin; k < count && k < begin + kMaxMembers; ++k) {
       group.member[group.members++] = member_of(members[k], first_row, tasks);
-      tasks += tasks_of(members[k], task_rows, in_features);
+      const int64_t member_tasks = tasks_of(members[k], task_rows, in_features);
+      tasks += member_tasks;
+      most_tasks = std::max(most_tasks, member_tasks);
       first_row += members[k].out_features;
     }
-    const int status = status_of(launch(group, tasks, begin, first_task));
+    group.tasks = static_cast<int32_t>(tasks);
+    group.most_tasks = static_cast<int32_t>(most_tasks);
+    const int status = status_of(launch(group, begin, first_task));
     if (status != STAMINA_OK) return status;
     first_task += tasks;
   }
@@ -149,25 +153,28 @@ const char* with_kernel(int64_t dtype, bool regular, const Call& call) {
                  : call.template operator()<DType::kFloat16, false>();
 }
 
+// A block for every task; where members differ in size, some have nothing to do.
+Grid grid_of(const Group& group, int dynamic_bytes = 0) {
+  return {group.most_tasks, kComposeThreads, dynamic_bytes, group.members};
+}
+
 struct LaunchCompose {
   const Group& group;
-  int64_t tasks;
   void* stream;
   template <DType kOut, bool kRegular>
   const char* operator()() const {
-    return launch(compose_kernel<kOut, kRegular>, {tasks, kComposeThreads, sizeof(TaskWeights)},
-                  stream, group);
+    return launch(compose_kernel<kOut, kRegular>, grid_of(group, sizeof(TaskWeights)), stream,
+                  group);
   }
 };
 
 struct LaunchSampleCompose {
   const Group& group;
-  int64_t tasks;
   void* stream;
   template <DType kOut, bool kRegular>
   const char* operator()() const {
-    return launch(sample_compose_kernel<kOut, kRegular>,
-                  {tasks, kComposeThreads, sizeof(TileInFlight)}, stream, group);
+    return launch(sample_compose_kernel<kOut, kRegular>, grid_of(group, sizeof(TileInFlight)),
+                  stream, group);
   }
 };
 
@@ -194,12 +201,11 @@ int stamina_sample(const stamina_member* members, int64_t count, int64_t in_feat
   group.seed = static_cast<const int64_t*>(seed);
   group.step = static_cast<const int64_t*>(step);
   group.bits = static_cast<uint32_t*>(bits);
-  return launch_group(group, members, count, in_features,
-                      [&](const Group& part, int64_t tasks, int64_t, int64_t) {
-                        const bool regular = is_regular(part, kReads, STAMINA_FLOAT32);
-                        return launch(regular ? sample_kernel<true> : sample_kernel<false>,
-                                      {tasks, kComposeThreads}, stream, part);
-                      });
+  return launch_group(group, members, count, in_features, [&](const Group& part, int64_t, int64_t) {
+    const bool regular = is_regular(part, kReads, STAMINA_FLOAT32);
+    return launch(regular ? sample_kernel<true> : sample_kernel<false>, grid_of(part), stream,
+                  part);
+  });
 }
 
 int stamina_compose(const stamina_member* members, int64_t count, int64_t in_features,
@@ -219,11 +225,9 @@ int stamina_compose(const stamina_member* members, int64_t count, int64_t in_fea
   group.scale = static_cast<const float*>(scale);
   group.bits = const_cast<uint32_t*>(static_cast<const uint32_t*>(bits));
   group.effective = effective;
-  return launch_group(group, members, count, in_features,
-                      [&](const Group& part, int64_t tasks, int64_t, int64_t) {
-                        return with_kernel(dtype, is_regular(part, kReads, dtype),
-                                           LaunchCompose{part, tasks, stream});
-                      });
+  return launch_group(group, members, count, in_features, [&](const Group& part, int64_t, int64_t) {
+    return with_kernel(dtype, is_regular(part, kReads, dtype), LaunchCompose{part, stream});
+  });
 }
 
 int64_t stamina_scratch_bytes(const stamina_member* members, int64_t count, int64_t in_features) {
@@ -263,16 +267,15 @@ int stamina_sample_compose(const stamina_member* members, int64_t count, int64_t
   group.bits = static_cast<uint32_t*>(bits);
   group.effective = effective;
   return launch_group(group, members, count, in_features,
-                      [&](Group part, int64_t tasks, int64_t first_member, int64_t first_task) {
+                      [&](Group part, int64_t first_member, int64_t first_task) {
                         part.partials = static_cast<Sums*>(scratch) + first_task;
                         const char* error = with_kernel(dtype, is_regular(part, kReads, dtype),
-                                                        LaunchSampleCompose{part, tasks, stream});
+                                                        LaunchSampleCompose{part, stream});
                         if (error != nullptr) return error;
                         const Statistics out{static_cast<float*>(forget) + first_member,
                                              static_cast<float*>(sparse) + first_member,
                                              static_cast<int64_t*>(counts) + 2 * first_member};
-                        return launch(statistics_kernel, {part.members, 32}, stream, part, out,
-                                      static_cast<int32_t>(tasks));
+                        return launch(statistics_kernel, {part.members, 32}, stream, part, out);
                       });
 }
 

@@ -184,11 +184,12 @@ struct Exactly {
   using Type = T;
 };
 
-// A grid, and what a block takes beyond its static shared memory.
+// A grid of blocks x rows, and what a block takes beyond its static shared memory.
 struct Grid {
   int64_t blocks;
   int threads;
   int dynamic_bytes = 0;
+  int rows = 1;
 };
 
 // Null, or what went wrong.
@@ -202,8 +203,9 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, void* stream,
                                  grid.dynamic_bytes);
   }
   if (error == cudaSuccess) {
-    error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads),
-                             pointers, static_cast<size_t>(grid.dynamic_bytes),
+    const dim3 blocks(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.rows));
+    error = cudaLaunchKernel(kernel, blocks, dim3(grid.threads), pointers,
+                             static_cast<size_t>(grid.dynamic_bytes),
                              static_cast<cudaStream_t>(stream));
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

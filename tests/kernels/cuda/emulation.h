@@ -38,7 +38,7 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 struct Index {
-  unsigned x;
+  unsigned x, y;
 };
 
 inline Index threadIdx, blockIdx, blockDim;
@@ -355,6 +355,7 @@ struct Grid {
   int64_t blocks;
   int threads;
   int dynamic_bytes = 0;
+  int rows = 1;
 };
 
 template <typename... Parameters, typename... Arguments>
@@ -364,8 +365,9 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, void*, const Argume
   host::run_thread = [](void* p) { (*static_cast<decltype(call)*>(p))(); };
   host::dynamic_bytes = static_cast<size_t>(grid.dynamic_bytes);
   blockDim.x = static_cast<unsigned>(grid.threads);
-  for (int64_t block = 0; block < grid.blocks; ++block) {
-    blockIdx.x = static_cast<unsigned>(block);
+  for (int64_t block = 0; block < grid.blocks * grid.rows; ++block) {
+    blockIdx.x = static_cast<unsigned>(block % grid.blocks);
+    blockIdx.y = static_cast<unsigned>(block / grid.blocks);
     host::run_block(grid.threads);
   }
   host::run_argument = nullptr;
