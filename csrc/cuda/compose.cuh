@@ -23,7 +23,6 @@ namespace stamina::cuda {
 // room for three of those that draw and compose.
 constexpr int kComposeBlocks = 4;
 
-using ComposeCopies = Copies<kComposeThreads, 1, true>;
 using ComposeFactors = Factors<float, kTaskRows>;
 
 // One low-rank product of the task and its place in shared memory.
@@ -43,18 +42,17 @@ struct LowRank {
         stays(regular || rank <= kRankStep) {}
 
   // Starts to copy the strips of `rows` rows from row `row` of the task on, from rank `first` on.
-  __device__ void stage(ComposeCopies& copies, const Task& task, int64_t in_features, int row,
-                        int rows, int first) const {
-    stage_factors(copies, 0, shared, left + static_cast<int64_t>(row) * rank + first,
-                  right + first * in_features, rank, in_features, rank - first, rows, task.columns);
+  __device__ void stage(const Task& task, int64_t in_features, int row, int rows, int first) const {
+    stage_factors<kComposeThreads>(shared, left + static_cast<int64_t>(row) * rank + first,
+                                   right + first * in_features, rank, in_features, rank - first,
+                                   rows, task.columns);
   }
 
   // Calls step(left, right) for every kRankStep of the rank, with the strips in shared memory at
-  // row `row` of the task and its first column. Strips that stay are there. parity: of the next
-  // stage.
+  // row `row` of the task and its first column. Strips that stay are there.
   template <typename Step>
-  __device__ void for_steps(ComposeCopies& copies, int& parity, const Task& task, int row,
-                            int64_t in_features, const Step& step) const {
+  __device__ void for_steps(const Task& task, int row, int64_t in_features,
+                            const Step& step) const {
     if (stays) {
       step(shared.left + row * kRankStep, shared.right);
       return;
@@ -63,10 +61,9 @@ struct LowRank {
 #pragma unroll 1
     for (int first = 0; first < rank; first += kRankStep) {
       block_barrier();
-      stage(copies, task, in_features, row, rows, first);
-      copies.publish(0);
-      copies.wait<0>(0, parity);
-      parity ^= 1;
+      stage(task, in_features, row, rows, first);
+      commit_async_copies();
+      wait_async_copies<0>();
       block_barrier();
       step(shared.left, shared.right);
     }
@@ -125,11 +122,7 @@ class Weights {
   // After the tile was loaded, whether or not there are more.
   __device__ void next_tile(int tile) {
     if (!ahead_) go_down();
-    if constexpr (kAhead < kTaskTiles) {
-      request(tile);
-    } else {
-      commit_async_copies();
-    }
+    request(tile);
   }
 
  private:
@@ -212,46 +205,43 @@ __device__ void add_product(float (&sum)[kLaneRows][kLaneColumns], const float* 
   }
 }
 
-// All of W of a task is on its way before anything is computed.
-using TaskWeights = LaneTile[kTaskTiles];
+// Two tiles are on their way while one is computed. All four of a task took longer.
+constexpr int kTilesAhead = 2;
+using TilesAhead = LaneTile[kTilesAhead];
 
 template <DType kOut, bool kRegular>
-__device__ void compose_task(const Group& group, LaneTile* places) {
+__device__ void compose_task(const Group& group) {
   STAMINA_SHARED(ComposeFactors, for_product);
-  STAMINA_SHARED(uint64_t, barrier);
+  STAMINA_SHARED(TilesAhead, places);
   const Task task = task_of(group);
   if (task.rows <= 0) return;
   const Member& member = group.member[task.member];
   const Lane lane;
   const int64_t features = group.in_features;
-  ComposeCopies copies(&barrier);
-  int parity = 0;
   const LowRank product(for_product, member.A, member.B, member.rank, task, kRegular);
   const int warp_column = lane.warp * kWarpColumns;
   Position at(group, task, lane, kRegular);
 
-  if (product.stays) product.stage(copies, task, features, 0, task.rows, 0);
-  copies.publish(0);
+  if (product.stays) product.stage(task, features, 0, task.rows, 0);
+  commit_async_copies();
   MaskRows masks(group, member, task, lane);
   uint32_t words[kTaskTiles];
 #pragma unroll
   for (uint32_t& word : words) word = masks.load();
-  Weights<kTaskTiles> weights(places, member.weight, kRegular ? kOut : member.dtype, group, task,
-                              at);
+  Weights<kTilesAhead> weights(places, member.weight, kRegular ? kOut : member.dtype, group, task,
+                               at);
   LaneRows<char> effective(group.effective, kOut, features,
                            member.first_row * features + at.element(group), kRegular);
   const float scale = *group.scale;
-  copies.wait<kTaskTiles>(0, parity);
-  parity ^= 1;
+  wait_async_copies<kTilesAhead>();
   block_barrier();
 
 #pragma unroll 1
   for (int tile = 0; tile * kTileRows < task.rows; ++tile) {
     float sum[kLaneRows][kLaneColumns] = {};
-    product.for_steps(copies, parity, task, tile * kTileRows, features,
-                      [&](const float* left, const float* right) {
-                        add_product<kOut>(sum, left, right + warp_column, lane);
-                      });
+    product.for_steps(task, tile * kTileRows, features, [&](const float* left, const float* right) {
+      add_product<kOut>(sum, left, right + warp_column, lane);
+    });
     apply<kOut>(effective, masks.mask(words[0]), sum, scale, at.extent,
                 [&](float (&weight)[kLoadRows][kLaneColumns], int first) {
                   weights.load(weight, tile, first);
@@ -271,22 +261,19 @@ template <bool kComposes, DType kOut, bool kRegular>
 __device__ void sample_task(const Group& group, LaneTile* places) {
   STAMINA_SHARED(ComposeFactors, for_mask);
   STAMINA_SHARED(ComposeFactors, for_product);
-  STAMINA_SHARED(uint64_t, barrier);
   const Task task = task_of(group);
   if (task.rows <= 0) return;
   const Member& member = group.member[task.member];
   const Lane lane;
   const int64_t features = group.in_features;
-  ComposeCopies copies(&barrier);
-  int parity = 0;
   const LowRank logits(for_mask, member.U, member.V, member.mask_rank, task, kRegular);
   const LowRank product(for_product, member.A, member.B, member.rank, task, kRegular);
   const int warp_column = lane.warp * kWarpColumns;
   Position at(group, task, lane, kRegular);
 
-  if (logits.stays) logits.stage(copies, task, features, 0, task.rows, 0);
-  if (kComposes && product.stays) product.stage(copies, task, features, 0, task.rows, 0);
-  copies.publish(0);
+  if (logits.stays) logits.stage(task, features, 0, task.rows, 0);
+  if (kComposes && product.stays) product.stage(task, features, 0, task.rows, 0);
+  commit_async_copies();
   const DType dtype = kRegular ? kOut : member.dtype;
   Weights<1> weights(places, kComposes ? member.weight : nullptr, dtype, group, task, at);
   Weights<1> initials(places + 1, kComposes ? member.initial : nullptr, dtype, group, task, at);
@@ -294,26 +281,24 @@ __device__ void sample_task(const Group& group, LaneTile* places) {
                            member.first_row * features + at.element(group), kRegular);
   MaskRows masks(group, member, task, lane);
   const float scale = kComposes ? *group.scale : 0.0f;
-  copies.wait<2>(0, parity);
-  parity ^= 1;
+  wait_async_copies<2>();
   block_barrier();
 
   Sums sums{0.0f, 0.0f, 0, 0};
 #pragma unroll 1
   for (int tile = 0; tile * kTileRows < task.rows; ++tile) {
     float sum[kLaneRows][kLaneColumns] = {};
-    logits.for_steps(copies, parity, task, tile * kTileRows, features,
-                     [&](const float* left, const float* right) {
-                       multiply_chain(sum, left + lane.row * kRankStep,
-                                      right + warp_column + kLaneColumns * lane.quad);
-                     });
+    logits.for_steps(task, tile * kTileRows, features, [&](const float* left, const float* right) {
+      multiply_chain(sum, left + lane.row * kRankStep,
+                     right + warp_column + kLaneColumns * lane.quad);
+    });
     // here, not above: round keys kept from tile to tile would not leave enough registers
     const Uniforms uniforms(group, member, at);
     const LaneMask mask = draw_mask<kComposes>(group, uniforms, *member.b, sum, at, sums.sparse);
     masks.store(mask);
     if constexpr (kComposes) {
       float delta[kLaneRows][kLaneColumns] = {};
-      product.for_steps(copies, parity, task, tile * kTileRows, features,
+      product.for_steps(task, tile * kTileRows, features,
                         [&](const float* left, const float* right) {
                           add_product<kOut>(delta, left, right + warp_column, lane);
                         });
@@ -346,8 +331,7 @@ __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
 template <DType kOut, bool kRegular>
 __global__ void __launch_bounds__(kComposeThreads, kComposeBlocks)
     compose_kernel(const __grid_constant__ Group group) {
-  STAMINA_DYNAMIC_SHARED(TaskWeights, places);
-  compose_task<kOut, kRegular>(group, places);
+  compose_task<kOut, kRegular>(group);
 }
 
 template <DType kOut, bool kRegular>

@@ -3,10 +3,8 @@
 //
 // A block of eight warps keeps the fp32 sum of 128 x 128 weights in registers, 64 a thread, while
 // the adapters of the layer stream through four stages of shared memory: 16 of a rank at a time,
-// 10 KiB. Each thread makes two or three 16-byte copies of that; bulk copies, issued row by row by
-// a few threads while the others wait, took half as long again. P of 16 x 32 weights comes
-// from four mma on the committed fp16 factors, whose products are exact, and is added under the
-// mask at once.
+// 10 KiB, two or three 16-byte copies a thread. P of 16 x 32 weights comes from four mma on the
+// committed fp16 factors, whose products are exact, and is added under the mask at once.
 //
 // What binds is shared memory, through which all of that goes in and out again, and the issue of
 // instructions: one to add for each weight of a lane and concept, and two to select eight of them.
@@ -40,7 +38,6 @@ struct FoldLayer {
   const void* initial;
   int64_t in_features;
   int32_t rows, first_step, steps;
-  int32_t first_task;
   DType dtype;
   int32_t column_tasks;
 };
@@ -57,36 +54,36 @@ constexpr unsigned kStepsHeld = 64;
 constexpr unsigned kStepsAdded = kStepsHeld - kFoldStages;
 static_assert(kStepsAdded % kFoldStages == 0);
 using HeldSteps = FoldStep[kStepsHeld];
-using FoldCopies = Copies<kFoldThreads, kFoldStages, false>;
+
+// W_init of a task, 16 bits each: a thread's rows of eight weights.
+using FoldWeights = uint4[kFoldLaneRows][kFoldThreads];
 
 // In shared memory, where it takes no registers.
 struct FoldTask {
   FoldLayer layer;
-  int32_t layer_index;
   int32_t row, column, rows, columns;
 };
 
-// The last layer that begins at or before a task: found by a warp, every lane gets it.
-__device__ inline int layer_of_task(const FoldLayer* layers, int count, int task) {
-  int begun = 0;
-#pragma unroll 1
-  for (int k = static_cast<int>(threadIdx.x % 32); k < count; k += 32) {
-    begun += layers[k].first_task <= task;
-  }
-  return warp_sum(begun) - 1;
-}
-
-__device__ inline FoldTask fold_task(const FoldLayer* layers, int number, int block) {
-  const FoldLayer layer = layers[number];
-  const auto index = static_cast<unsigned>(block - layer.first_task);
+// Of a block of a grid of tasks x layers. Without rows where the layer has fewer tasks.
+__device__ inline FoldTask fold_task(const FoldLayer* layers) {
+  const FoldLayer layer = layers[blockIdx.y];
   const auto column_tasks = static_cast<unsigned>(layer.column_tasks);
-  const int row = static_cast<int>(index / column_tasks) * kFoldRows;
-  const int column = static_cast<int>(index % column_tasks) * kBlockColumns;
+  const int row = static_cast<int>(blockIdx.x / column_tasks) * kFoldRows;
+  const int column = static_cast<int>(blockIdx.x % column_tasks) * kBlockColumns;
   const int rows = layer.rows - row < kFoldRows ? layer.rows - row : kFoldRows;
   const int64_t columns = layer.in_features - column;
-  return {layer,  number, row,
-          column, rows,   columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
+  return {layer, row, column, rows,
+          columns < kBlockColumns ? static_cast<int>(columns) : kBlockColumns};
 }
+
+// A lane's first row and column.
+struct FoldPosition {
+  int row, column;
+
+  __device__ FoldPosition(const FoldTask& task, const Lane& lane)
+      : row(task.row + lane.warp / 4 * kFoldWarpRows + lane.row),
+        column(task.column + lane.warp % 4 * kWarpColumns + kLaneColumns * lane.quad) {}
+};
 
 // Called by all threads, between barriers.
 __device__ inline void hold_steps(HeldSteps& held, const FoldStep* steps, unsigned count) {
@@ -147,26 +144,18 @@ struct RegularCopies {
     if (thread < kFoldRows) copy_vector_async(to.bits + thread * kBlockWords, from_bits);
   }
 
-  // Calls the task's rows of a 16-bit matrix into L2, a line for each thread.
-  __device__ void prefetch(const void* matrix, const FoldTask& task) const {
-    const int64_t element = row * task.layer.in_features + task.column +
-                            threadIdx.x % Place::kLeft * (kBlockColumns / Place::kLeft);
-    prefetch_line(static_cast<const uint16_t*>(matrix) + element);
-  }
-
   static_assert(kFoldThreads == kFoldRows * Place::kLeft &&
                 kFoldThreads == kRankStep * Place::kRight && kBlockColumns == 8 * sizeof(uint4));
 };
 
 __device__ inline void copy_irregular(FoldStage& to, const FoldStep& step, const FoldTask& task) {
-  FoldCopies copies;
-  constexpr int stage = 0;  // matters to bulk copies only
+  using Bits = Copies<kFoldThreads, kFoldRows, kBlockWords>;
   const int64_t features = task.layer.in_features, words = (features + 31) / 32;
-  stage_factors(copies, stage, to.factors, step.A + static_cast<int64_t>(task.row) * step.rank,
-                step.B + task.column, step.rank, features, step.depth, task.rows, task.columns);
-  copies.copy<kFoldRows, kBlockWords>(stage, to.bits, kBlockWords,
-                                      step.bits + task.row * words + task.column / 32, words,
-                                      task.rows, (task.columns + 31) / 32);
+  stage_factors<kFoldThreads>(to.factors, step.A + static_cast<int64_t>(task.row) * step.rank,
+                              step.B + task.column, step.rank, features, step.depth, task.rows,
+                              task.columns);
+  Bits::copy(to.bits, kBlockWords, step.bits + task.row * words + task.column / 32, words,
+             task.rows, (task.columns + 31) / 32);
 }
 
 // Where a lane reads of a stage, in elements of the factors and in bytes of the bits.
@@ -243,31 +232,39 @@ constexpr float kRoundsToInfinity = kDType == DType::kFloat16    ? 65520.0f
                                     : kDType == DType::kBFloat16 ? 0x1.FFp127f
                                                                  : INFINITY;
 
-// W = round(W_init + total) for a lane's rows. Returns whether every result is finite.
-template <bool kRegular, DType kDType>
-__device__ bool store_folded(const FoldTask& task,
-                             const float (&total)[kFoldLaneRows][kLaneColumns], int row,
-                             int column) {
-  const FoldLayer& layer = task.layer;
-  const int64_t element = row * layer.in_features + column;
-  LaneRows<const char> from(layer.initial, kDType, layer.in_features, element);
-  LaneRows<char> weight(layer.weight, kDType, layer.in_features, element);
-  Extent extent(layer.rows - row, layer.in_features - column);
-  if constexpr (kRegular) {
-    if (layer.rows <= row) return true;
-    // all known: no tests are left, and steps from row to row take one addition
-    extent = Extent(kFoldWarpRows, kLaneColumns);
-    from.vectors = weight.vectors = true;
-    from.step = weight.step = static_cast<uint32_t>(from.step);
+// A lane's rows of a 16-bit matrix of the task, of which it has all or none: no tests are left, and
+// steps from row to row take one addition.
+template <typename Byte, typename Pointer>
+__device__ LaneRows<Byte> regular_rows(Pointer matrix, DType dtype, const FoldTask& task,
+                                       const FoldPosition& at) {
+  const int64_t features = task.layer.in_features;
+  LaneRows<Byte> rows(matrix, dtype, features, at.row * features + at.column, true);
+  rows.step = static_cast<uint32_t>(rows.step);
+  return rows;
+}
+
+// Every thread copies what it will read itself.
+__device__ inline void copy_initial(FoldWeights& to, const FoldTask& task, DType dtype) {
+  const FoldPosition at(task, Lane());
+  const auto from = regular_rows<const char>(task.layer.initial, dtype, task, at);
+#pragma unroll
+  for (int i = 0; i < kFoldLaneRows; ++i) {
+    if (at.row < task.layer.rows) copy_vector_async(&to[i][threadIdx.x], from.row(i));
   }
+}
+
+// W = round(W_init + total) for a lane's rows. load(initial, first) gives rows `first` to
+// first + kTogether - 1 of W_init. Returns whether every result is finite.
+template <DType kDType, int kTogether, typename Load>
+__device__ bool store_folded(const LaneRows<char>& weight, const Extent& extent,
+                             const float (&total)[kFoldLaneRows][kLaneColumns], const Load& load) {
   // a maximum that keeps a NaN, in several chains
   constexpr int kChains = 4;
   float largest[kChains] = {};
-  constexpr int kTogether = kRegular ? kFoldLaneRows : 2;  // rows: more do not fit the registers
 #pragma unroll
   for (int first = 0; first < kFoldLaneRows; first += kTogether) {
     float initial[kTogether][kLaneColumns];
-    load_rows_as<kDType>(initial, from, first, extent);
+    load(initial, first);
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int valid = extent.valid(first + i);
@@ -286,23 +283,40 @@ __device__ bool store_folded(const FoldTask& task,
   return all < kRoundsToInfinity<kDType>;
 }
 
+// The same of a layer that is not regular, which loads W_init here.
+template <DType kDType>
+__device__ bool store_irregular(const FoldTask& task,
+                                const float (&total)[kFoldLaneRows][kLaneColumns],
+                                const FoldPosition& at) {
+  const FoldLayer& layer = task.layer;
+  const int64_t element = at.row * layer.in_features + at.column;
+  const LaneRows<const char> from(layer.initial, kDType, layer.in_features, element);
+  const LaneRows<char> weight(layer.weight, kDType, layer.in_features, element);
+  const Extent extent(layer.rows - at.row, layer.in_features - at.column);
+  constexpr int kTogether = 2;  // rows: more do not fit the registers
+  return store_folded<kDType, kTogether>(weight, extent, total,
+                                         [&](float (&initial)[kTogether][kLaneColumns], int first) {
+                                           load_rows_as<kDType>(initial, from, first, extent);
+                                         });
+}
+
 // overflow: one flag per layer, zero before. kRegular: every step is regular, every layer is of
-// kDType, and a warp has all of its rows or none, whole vectors at their addresses.
+// kDType, and a warp has all of its rows or none, whole vectors at their addresses; then W_init
+// comes through shared memory.
 template <bool kRegular, DType kDType>
-__device__ void fold_block(const FoldLayer* layers, int32_t count, const FoldStep* all_steps,
-                           int32_t* overflow) {
+__device__ void fold_block(const FoldLayer* layers, const FoldStep* all_steps, int32_t* overflow,
+                           FoldWeights* weights) {
   STAMINA_SHARED(FoldStages, stages);
   STAMINA_SHARED(HeldSteps, held);
   STAMINA_SHARED(FoldTask, task);
-  const int block = static_cast<int>(blockIdx.x);
-  // every warp finds the task, to go on without waiting for another one
-  const FoldTask own = fold_task(layers, layer_of_task(layers, count, block), block);
+  const FoldTask own = fold_task(layers);
+  if (own.rows <= 0) return;
   if (threadIdx.x == 0) task = own;
   const RegularCopies<kRegular> regular(own);
   const auto steps = static_cast<unsigned>(own.layer.steps);
   const FoldStep* const layer_steps = all_steps + own.layer.first_step;
   if constexpr (kRegular) {
-    regular.prefetch(own.layer.initial, own);
+    copy_initial(*weights, own, kDType);
   } else {
     prefetch_rows<kFoldThreads>(own.layer.initial, own.layer.dtype, own.layer.in_features, own.row,
                                 own.rows, own.column, own.columns);
@@ -345,31 +359,42 @@ __device__ void fold_block(const FoldLayer* layers, int32_t count, const FoldSte
     for (unsigned k = 0; k < added; ++k) add(k, k % kFoldStages);
   }
 
-  const int row = task.row + lane.warp / 4 * kFoldWarpRows + lane.row;
-  const int column = task.column + lane.warp % 4 * kWarpColumns + kLaneColumns * lane.quad;
-  bool finite;
+  const FoldPosition place(task, lane);
+  bool finite = true;
   if constexpr (kRegular) {
-    finite = store_folded<true, kDType>(task, total, row, column);
+    wait_async_copies<0>();
+    if (place.row < task.layer.rows) {
+      // all rows at once: one by one they would cost registers of the loop above
+      finite = store_folded<kDType, kFoldLaneRows>(
+          regular_rows<char>(task.layer.weight, kDType, task, place),
+          Extent(kFoldWarpRows, kLaneColumns, true), total,
+          [&](float (&initial)[kFoldLaneRows][kLaneColumns], int) {
+#pragma unroll
+            for (int i = 0; i < kFoldLaneRows; ++i) {
+              unpack_vector<kDType>(initial[i], (*weights)[i][threadIdx.x]);
+            }
+          });
+    }
   } else if (task.layer.dtype == DType::kFloat32) {
-    finite = store_folded<false, DType::kFloat32>(task, total, row, column);
+    finite = store_irregular<DType::kFloat32>(task, total, place);
   } else if (task.layer.dtype == DType::kBFloat16) {
-    finite = store_folded<false, DType::kBFloat16>(task, total, row, column);
+    finite = store_irregular<DType::kBFloat16>(task, total, place);
   } else {
-    finite = store_folded<false, DType::kFloat16>(task, total, row, column);
+    finite = store_irregular<DType::kFloat16>(task, total, place);
   }
-  if (!finite) overflow[task.layer_index] = 1;
+  if (!finite) overflow[blockIdx.y] = 1;
 }
 
 __global__ void __launch_bounds__(kFoldThreads, 2)
-    fold_kernel(const FoldLayer* layers, int32_t count, const FoldStep* steps, int32_t* overflow) {
-  fold_block<false, DType::kFloat32>(layers, count, steps, overflow);
+    fold_kernel(const FoldLayer* layers, const FoldStep* steps, int32_t* overflow) {
+  fold_block<false, DType::kFloat32>(layers, steps, overflow, nullptr);
 }
 
 template <DType kDType>
 __global__ void __launch_bounds__(kFoldThreads, 2)
-    fold_regular_kernel(const FoldLayer* layers, int32_t count, const FoldStep* steps,
-                        int32_t* overflow) {
-  fold_block<true, kDType>(layers, count, steps, overflow);
+    fold_regular_kernel(const FoldLayer* layers, const FoldStep* steps, int32_t* overflow) {
+  STAMINA_DYNAMIC_SHARED(FoldWeights, weights);
+  fold_block<true, kDType>(layers, steps, overflow, &weights);
 }
 
 }  // namespace stamina::cuda

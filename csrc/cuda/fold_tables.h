@@ -3,6 +3,7 @@
 // they are checked.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "checks.h"
@@ -33,8 +34,8 @@ inline bool check_adapter(const stamina_adapter& adapter, int64_t index) {
 struct FoldTables {
   std::vector<FoldLayer> layers;
   std::vector<FoldStep> steps;
-  int64_t tasks = 0;
-  bool regular = true;  // whether fold_regular_kernel can do it
+  int64_t most_tasks = 0;  // of a layer
+  bool regular = true;     // whether fold_regular_kernel can do it
 };
 
 // Appends the steps of an adapter of a layer.
@@ -87,13 +88,14 @@ inline bool fold_tables(const stamina_layer* layers, int64_t layer_count,
     if (!Checks().size("the sum of adapters[*].rank / 16", end_step, 1).ok()) return false;
     tables.regular = tables.regular && is_regular(layer, layers[0].dtype);
     const int64_t column_tasks = ceil_div(layer.in_features, kBlockColumns);
-    tables.layers.push_back(
-        {layer.weight, layer.weight_init, layer.in_features,
-         static_cast<int32_t>(layer.out_features), static_cast<int32_t>(first_step),
-         static_cast<int32_t>(end_step - first_step), static_cast<int32_t>(tables.tasks),
-         static_cast<DType>(layer.dtype), static_cast<int32_t>(column_tasks)});
-    tables.tasks += ceil_div(layer.out_features, kFoldRows) * column_tasks;
-    if (!Checks().size("the number of tasks of all layers", tables.tasks, 1).ok()) return false;
+    const int64_t tasks = ceil_div(layer.out_features, kFoldRows) * column_tasks;
+    if (!Checks("layers", k).size("the number of tasks", tasks, 1).ok()) return false;
+    tables.layers.push_back({layer.weight, layer.weight_init, layer.in_features,
+                             static_cast<int32_t>(layer.out_features),
+                             static_cast<int32_t>(first_step),
+                             static_cast<int32_t>(end_step - first_step),
+                             static_cast<DType>(layer.dtype), static_cast<int32_t>(column_tasks)});
+    tables.most_tasks = std::max(tables.most_tasks, tasks);
     used += layer.adapters;
   }
   for (const FoldStep& step : tables.steps) tables.regular = tables.regular && step.regular;

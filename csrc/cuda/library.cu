@@ -163,8 +163,7 @@ struct LaunchCompose {
   void* stream;
   template <DType kOut, bool kRegular>
   const char* operator()() const {
-    return launch(compose_kernel<kOut, kRegular>, grid_of(group, sizeof(TaskWeights)), stream,
-                  group);
+    return launch(compose_kernel<kOut, kRegular>, grid_of(group), stream, group);
   }
 };
 
@@ -310,14 +309,18 @@ int stamina_fold(const stamina_layer* layers, int64_t layer_count, const stamina
   auto* device_steps = reinterpret_cast<FoldStep*>(device_layers + layer_count);
   const char* error = copy_to_device(device_layers, tables.layers, stream);
   if (error == nullptr) error = copy_to_device(device_steps, tables.steps, stream);
-  if (error == nullptr) {
-    const auto kernel = !tables.regular ? fold_kernel
-                        : layers[0].dtype == STAMINA_BFLOAT16
-                            ? fold_regular_kernel<DType::kBFloat16>
-                            : fold_regular_kernel<DType::kFloat16>;
-    error = launch(kernel, {tables.tasks, kFoldThreads}, stream,
-                   static_cast<const FoldLayer*>(device_layers), static_cast<int32_t>(layer_count),
-                   static_cast<const FoldStep*>(device_steps), static_cast<int32_t*>(overflow));
+  const auto kernel = !tables.regular                       ? fold_kernel
+                      : layers[0].dtype == STAMINA_BFLOAT16 ? fold_regular_kernel<DType::kBFloat16>
+                                                            : fold_regular_kernel<DType::kFloat16>;
+  constexpr int64_t kMostRows = 65535;  // of a grid
+  for (int64_t first = 0; error == nullptr && first < layer_count; first += kMostRows) {
+    const int rows = static_cast<int>(std::min(layer_count - first, kMostRows));
+    error =
+        launch(kernel,
+               {tables.most_tasks, kFoldThreads,
+                tables.regular ? static_cast<int>(sizeof(FoldWeights)) : 0, rows},
+               stream, static_cast<const FoldLayer*>(device_layers) + first,
+               static_cast<const FoldStep*>(device_steps), static_cast<int32_t*>(overflow) + first);
   }
   return status_of(error);
 }

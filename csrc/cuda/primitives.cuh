@@ -18,12 +18,6 @@
 
 namespace stamina::cuda {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kBulkCopies = true;
-#else
-constexpr bool kBulkCopies = false;
-#endif
-
 // e^x through ex2.approx: relative error below 2^-22 + |x| 2^-24.
 __device__ inline float exp_approx(float x) {
   float result;
@@ -112,8 +106,6 @@ __device__ inline uint32_t shift_right(uint32_t high, uint32_t low, int by) {
   return __funnelshift_r(low, high, by);
 }
 
-__device__ inline int warp_sum(int value) { return __reduce_add_sync(0xFFFFFFFFu, value); }
-
 __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -135,49 +127,6 @@ template <int kPending>
 __device__ inline void wait_async_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(arrivals)
-               : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ inline void bulk_copy(void* shared, const void* global, uint32_t bytes,
-                                 uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-// Arrives and announces the bytes of this thread's bulk copies. The fence orders the thread's own
-// stores before bulk copies that later replace them.
-__device__ inline void barrier_arrive(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  }
-}
-#else
-__device__ inline void barrier_init(uint64_t*, uint32_t) {}
-__device__ inline void bulk_copy(void*, const void*, uint32_t, uint64_t*) {}
-__device__ inline void barrier_arrive(uint64_t*, uint32_t) {}
-__device__ inline void barrier_wait(uint64_t*, uint32_t) {}
-#endif
 
 template <typename T>
 struct Exactly {

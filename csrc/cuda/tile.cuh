@@ -48,18 +48,17 @@ struct Factors {
 // Copies `rows` rows of left and `columns` columns of right, up to kRankStep of the `left_over` of
 // the rank that begins there, and pads with zeros. Rows and columns beyond are left as they are:
 // they touch only results that are never used.
-template <typename T, int kRows, typename Copies>
-__device__ void stage_factors(Copies& copies, int stage, Factors<T, kRows>& to, const T* left,
-                              const T* right, int rank, int64_t in_features, int left_over,
-                              int rows, int columns) {
+template <int kThreads, typename T, int kRows>
+__device__ void stage_factors(Factors<T, kRows>& to, const T* left, const T* right, int rank,
+                              int64_t in_features, int left_over, int rows, int columns) {
+  using Left = Copies<kThreads, kRows, kRankStep>;
+  using Right = Copies<kThreads, kRankStep, kBlockColumns>;
   const int depth = left_over < kRankStep ? left_over : kRankStep;
-  copies.template copy<kRows, kRankStep>(stage, to.left, kRankStep, left, rank, rows, depth);
-  copies.template copy<kRankStep, kBlockColumns>(stage, to.right, kRightStride<T>, right,
-                                                 in_features, depth, columns);
+  Left::copy(to.left, kRankStep, left, rank, rows, depth);
+  Right::copy(to.right, kRightStride<T>, right, in_features, depth, columns);
   if (depth == kRankStep) return;
-  copies.template clear<kRows, kRankStep>(to.left + depth, kRankStep, rows, kRankStep - depth);
-  copies.template clear<kRankStep, kBlockColumns>(to.right + depth * kRightStride<T>,
-                                                  kRightStride<T>, kRankStep - depth, columns);
+  Left::clear(to.left + depth, kRankStep, rows, kRankStep - depth);
+  Right::clear(to.right + depth * kRightStride<T>, kRightStride<T>, kRankStep - depth, columns);
 }
 
 // sum[i][j] += left[8i] right[.][j] over kRankStep: one chain of fused multiply-adds over ascending

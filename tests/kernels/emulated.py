@@ -41,14 +41,13 @@ def library() -> Any:
 
 
 @contextmanager
-def emulated(bulk_copies: bool) -> Iterator[None]:
+def emulated() -> Iterator[None]:
     """Backend `cuda` serves CPU tensors inside the block."""
     patch = pytest.MonkeyPatch()
     patch.setattr(cuda, "_library", library)
     patch.setattr(cuda, "unavailable_reason", lambda: None)
     patch.setitem(dispatch._DEVICES, "cuda", ("cuda", "cpu"))
     dispatch._unavailable_reason.cache_clear()
-    library().stamina_emulate_bulk_copies(int(bulk_copies))
     try:
         yield
     finally:

@@ -64,7 +64,7 @@ def test_forward_on_odd_sizes(cuda_device, dtype, mode):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_on_aligned_sizes(cuda_device, dtype):
-    """16-byte copies, in bulk where there are any; more rows than a task has."""
+    """16-byte copies; more rows than a task has."""
     hold_forward(make_problem([136], 160, (3,), dtype=dtype, rank=16, mask_rank=16), cuda_device)
 
 

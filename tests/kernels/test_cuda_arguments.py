@@ -162,7 +162,7 @@ def test_without_a_driver_a_launch_is_an_exception():
 def test_tensors_that_the_kernels_would_misread_are_refused(change, error, message):
     zero = torch.tensor(0)
     U, V, b = torch.zeros(4, 3), torch.zeros(3, 40), torch.tensor(0.0)
-    with emulated.emulated(bulk_copies=False):
+    with emulated.emulated():
         cuda.sample([U], [V], [b], zero, zero, [0], [0], [0], True)
         with pytest.raises(error, match=message):
             cuda.sample([change(U)], [V], [b], zero, zero, [0], [0], [0], True)

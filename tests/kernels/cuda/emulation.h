@@ -4,7 +4,7 @@
 // Blocks run one after the other; the threads of a block are fibers that give way at barriers and
 // where a warp acts as one. Asynchronous copies are made as late as allowed, when they are waited
 // for, and shared memory is filled with NaN before every block, so that a missing wait or barrier
-// shows. stamina_emulate_bulk_copies chooses between the copies of sm_80 and of sm_90.
+// shows.
 #pragma once
 
 #include <setjmp.h>
@@ -160,23 +160,6 @@ void exchange(const uint32_t* mine, int count, const Use& use) {
   meet_warp();
 }
 
-// An mbarrier, whose own word is the number of its phase.
-struct BulkBarrier {
-  uint64_t* word;
-  uint32_t expected;
-  uint32_t arrived = 0;
-  uint64_t announced = 0;  // bytes
-  std::vector<AsyncCopy> copies;
-};
-inline std::vector<BulkBarrier> bulk_barriers;
-
-inline BulkBarrier& bulk_barrier(uint64_t* word) {
-  for (BulkBarrier& barrier : bulk_barriers) {
-    if (barrier.word == word) return barrier;
-  }
-  std::abort();
-}
-
 inline void require(bool holds) {
   if (!holds) std::abort();
 }
@@ -198,8 +181,6 @@ inline bool is_multiple(const void* p, size_t of) {
 namespace stamina::cuda {
 
 namespace host = ::stamina::emulation;
-
-inline bool kBulkCopies = false;
 
 inline float exp_approx(float x) { return std::exp(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
@@ -299,11 +280,6 @@ inline uint32_t shift_right(uint32_t high, uint32_t low, int by) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> by);
 }
 
-inline int warp_sum(int value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
-  return value;
-}
-
 // Reads the address, so that a sanitiser sees one that is not there.
 inline void prefetch_line(const void* global) {
   [[maybe_unused]] const volatile char first = *static_cast<const volatile char*>(global);
@@ -322,33 +298,6 @@ void wait_async_copies() {
     for (const host::AsyncCopy& copy : groups[g]) copy.make();
   }
   groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(due));
-}
-
-inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
-  *barrier = 0;
-  std::erase_if(host::bulk_barriers, [&](const auto& b) { return b.word == barrier; });
-  host::bulk_barriers.push_back({barrier, arrivals, 0, 0, {}});
-}
-inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-  host::require(host::is_multiple(shared, 16) && host::is_multiple(global, 16) && bytes % 16 == 0);
-  host::bulk_barrier(barrier).copies.push_back({shared, global, bytes});
-}
-// The announced bytes must be those of the copies, else a real barrier would never open.
-inline void barrier_arrive(uint64_t* barrier, uint32_t bytes) {
-  host::BulkBarrier& b = host::bulk_barrier(barrier);
-  b.announced += bytes;
-  if (++b.arrived < b.expected) return;
-  for (const host::AsyncCopy& copy : b.copies) {
-    copy.make();
-    b.announced -= copy.bytes;
-  }
-  host::require(b.announced == 0);
-  b.copies.clear();
-  b.arrived = 0;
-  ++*barrier;
-}
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  while ((*barrier & 1) == parity) host::give_way();
 }
 
 struct Grid {
@@ -380,8 +329,3 @@ inline const char* copy_bytes_to_device(void* device, const void* from, int64_t 
 }
 
 }  // namespace stamina::cuda
-
-extern "C" __attribute__((visibility("default"), used)) inline void stamina_emulate_bulk_copies(
-    int on) {
-  stamina::cuda::kBulkCopies = on != 0;
-}
