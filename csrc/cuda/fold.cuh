@@ -55,9 +55,6 @@ constexpr unsigned kStepsAdded = kStepsHeld - kFoldStages;
 static_assert(kStepsAdded % kFoldStages == 0);
 using HeldSteps = FoldStep[kStepsHeld];
 
-// W_init of a task, 16 bits each: a thread's rows of eight weights.
-using FoldWeights = uint4[kFoldLaneRows][kFoldThreads];
-
 // In shared memory, where it takes no registers.
 struct FoldTask {
   FoldLayer layer;
@@ -142,6 +139,13 @@ struct RegularCopies {
     copy_vector_async(to.factors.left + thread * 8, from_left);
     copy_vector_async(to_right, from_right);
     if (thread < kFoldRows) copy_vector_async(to.bits + thread * kBlockWords, from_bits);
+  }
+
+  // Calls the task's rows of a 16-bit matrix into L2, a line for each thread.
+  __device__ void prefetch(const void* matrix, const FoldTask& task) const {
+    const int64_t element = row * task.layer.in_features + task.column +
+                            threadIdx.x % Place::kLeft * (kBlockColumns / Place::kLeft);
+    prefetch_line(static_cast<const uint16_t*>(matrix) + element);
   }
 
   static_assert(kFoldThreads == kFoldRows * Place::kLeft &&
@@ -232,39 +236,27 @@ constexpr float kRoundsToInfinity = kDType == DType::kFloat16    ? 65520.0f
                                     : kDType == DType::kBFloat16 ? 0x1.FFp127f
                                                                  : INFINITY;
 
-// A lane's rows of a 16-bit matrix of the task, of which it has all or none: no tests are left, and
-// steps from row to row take one addition.
-template <typename Byte, typename Pointer>
-__device__ LaneRows<Byte> regular_rows(Pointer matrix, DType dtype, const FoldTask& task,
-                                       const FoldPosition& at) {
-  const int64_t features = task.layer.in_features;
-  LaneRows<Byte> rows(matrix, dtype, features, at.row * features + at.column, true);
-  rows.step = static_cast<uint32_t>(rows.step);
-  return rows;
-}
-
-// Every thread copies what it will read itself.
-__device__ inline void copy_initial(FoldWeights& to, const FoldTask& task, DType dtype) {
-  const FoldPosition at(task, Lane());
-  const auto from = regular_rows<const char>(task.layer.initial, dtype, task, at);
-#pragma unroll
-  for (int i = 0; i < kFoldLaneRows; ++i) {
-    if (at.row < task.layer.rows) copy_vector_async(&to[i][threadIdx.x], from.row(i));
-  }
-}
-
-// W = round(W_init + total) for a lane's rows. load(initial, first) gives rows `first` to
-// first + kTogether - 1 of W_init. Returns whether every result is finite.
-template <DType kDType, int kTogether, typename Load>
-__device__ bool store_folded(const LaneRows<char>& weight, const Extent& extent,
-                             const float (&total)[kFoldLaneRows][kLaneColumns], const Load& load) {
+// W = round(W_init + total) for a lane's rows. Returns whether every result is finite.
+template <bool kRegular, DType kDType>
+__device__ bool store_folded(const FoldTask& task,
+                             const float (&total)[kFoldLaneRows][kLaneColumns],
+                             const FoldPosition& at) {
+  const FoldLayer& layer = task.layer;
+  if (kRegular && at.row >= layer.rows) return true;
+  const int64_t element = at.row * layer.in_features + at.column;
+  LaneRows<const char> from(layer.initial, kDType, layer.in_features, element, kRegular);
+  LaneRows<char> weight(layer.weight, kDType, layer.in_features, element, kRegular);
+  const Extent extent(layer.rows - at.row, layer.in_features - at.column, kRegular);
+  // from row to row takes one addition
+  if (kRegular) from.step = weight.step = static_cast<uint32_t>(from.step);
   // a maximum that keeps a NaN, in several chains
   constexpr int kChains = 4;
   float largest[kChains] = {};
+  constexpr int kTogether = kRegular ? kFoldLaneRows : 2;  // rows: more do not fit the registers
 #pragma unroll
   for (int first = 0; first < kFoldLaneRows; first += kTogether) {
     float initial[kTogether][kLaneColumns];
-    load(initial, first);
+    load_rows_as<kDType>(initial, from, first, extent);
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int valid = extent.valid(first + i);
@@ -283,29 +275,10 @@ __device__ bool store_folded(const LaneRows<char>& weight, const Extent& extent,
   return all < kRoundsToInfinity<kDType>;
 }
 
-// The same of a layer that is not regular, which loads W_init here.
-template <DType kDType>
-__device__ bool store_irregular(const FoldTask& task,
-                                const float (&total)[kFoldLaneRows][kLaneColumns],
-                                const FoldPosition& at) {
-  const FoldLayer& layer = task.layer;
-  const int64_t element = at.row * layer.in_features + at.column;
-  const LaneRows<const char> from(layer.initial, kDType, layer.in_features, element);
-  const LaneRows<char> weight(layer.weight, kDType, layer.in_features, element);
-  const Extent extent(layer.rows - at.row, layer.in_features - at.column);
-  constexpr int kTogether = 2;  // rows: more do not fit the registers
-  return store_folded<kDType, kTogether>(weight, extent, total,
-                                         [&](float (&initial)[kTogether][kLaneColumns], int first) {
-                                           load_rows_as<kDType>(initial, from, first, extent);
-                                         });
-}
-
 // overflow: one flag per layer, zero before. kRegular: every step is regular, every layer is of
-// kDType, and a warp has all of its rows or none, whole vectors at their addresses; then W_init
-// comes through shared memory.
+// kDType, and a warp has all of its rows or none, whole vectors at their addresses.
 template <bool kRegular, DType kDType>
-__device__ void fold_block(const FoldLayer* layers, const FoldStep* all_steps, int32_t* overflow,
-                           FoldWeights* weights) {
+__device__ void fold_block(const FoldLayer* layers, const FoldStep* all_steps, int32_t* overflow) {
   STAMINA_SHARED(FoldStages, stages);
   STAMINA_SHARED(HeldSteps, held);
   STAMINA_SHARED(FoldTask, task);
@@ -316,7 +289,7 @@ __device__ void fold_block(const FoldLayer* layers, const FoldStep* all_steps, i
   const auto steps = static_cast<unsigned>(own.layer.steps);
   const FoldStep* const layer_steps = all_steps + own.layer.first_step;
   if constexpr (kRegular) {
-    copy_initial(*weights, own, kDType);
+    regular.prefetch(own.layer.initial, own);
   } else {
     prefetch_rows<kFoldThreads>(own.layer.initial, own.layer.dtype, own.layer.in_features, own.row,
                                 own.rows, own.column, own.columns);
@@ -360,41 +333,28 @@ __device__ void fold_block(const FoldLayer* layers, const FoldStep* all_steps, i
   }
 
   const FoldPosition place(task, lane);
-  bool finite = true;
+  bool finite;
   if constexpr (kRegular) {
-    wait_async_copies<0>();
-    if (place.row < task.layer.rows) {
-      // all rows at once: one by one they would cost registers of the loop above
-      finite = store_folded<kDType, kFoldLaneRows>(
-          regular_rows<char>(task.layer.weight, kDType, task, place),
-          Extent(kFoldWarpRows, kLaneColumns, true), total,
-          [&](float (&initial)[kFoldLaneRows][kLaneColumns], int) {
-#pragma unroll
-            for (int i = 0; i < kFoldLaneRows; ++i) {
-              unpack_vector<kDType>(initial[i], (*weights)[i][threadIdx.x]);
-            }
-          });
-    }
+    finite = store_folded<true, kDType>(task, total, place);
   } else if (task.layer.dtype == DType::kFloat32) {
-    finite = store_irregular<DType::kFloat32>(task, total, place);
+    finite = store_folded<false, DType::kFloat32>(task, total, place);
   } else if (task.layer.dtype == DType::kBFloat16) {
-    finite = store_irregular<DType::kBFloat16>(task, total, place);
+    finite = store_folded<false, DType::kBFloat16>(task, total, place);
   } else {
-    finite = store_irregular<DType::kFloat16>(task, total, place);
+    finite = store_folded<false, DType::kFloat16>(task, total, place);
   }
   if (!finite) overflow[blockIdx.y] = 1;
 }
 
 __global__ void __launch_bounds__(kFoldThreads, 2)
     fold_kernel(const FoldLayer* layers, const FoldStep* steps, int32_t* overflow) {
-  fold_block<false, DType::kFloat32>(layers, steps, overflow, nullptr);
+  fold_block<false, DType::kFloat32>(layers, steps, overflow);
 }
 
 template <DType kDType>
 __global__ void __launch_bounds__(kFoldThreads, 2)
     fold_regular_kernel(const FoldLayer* layers, const FoldStep* steps, int32_t* overflow) {
-  STAMINA_DYNAMIC_SHARED(FoldWeights, weights);
-  fold_block<true, kDType>(layers, steps, overflow, &weights);
+  fold_block<true, kDType>(layers, steps, overflow);
 }
 
 }  // namespace stamina::cuda

@@ -316,10 +316,8 @@ int stamina_fold(const stamina_layer* layers, int64_t layer_count, const stamina
   for (int64_t first = 0; error == nullptr && first < layer_count; first += kMostRows) {
     const int rows = static_cast<int>(std::min(layer_count - first, kMostRows));
     error =
-        launch(kernel,
-               {tables.most_tasks, kFoldThreads,
-                tables.regular ? static_cast<int>(sizeof(FoldWeights)) : 0, rows},
-               stream, static_cast<const FoldLayer*>(device_layers) + first,
+        launch(kernel, {tables.most_tasks, kFoldThreads, 0, rows}, stream,
+               static_cast<const FoldLayer*>(device_layers) + first,
                static_cast<const FoldStep*>(device_steps), static_cast<int32_t*>(overflow) + first);
   }
   return status_of(error);
