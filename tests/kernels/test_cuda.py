@@ -162,7 +162,7 @@ def test_regular_launches_give_the_bits_of_others(cuda_device, initial, dtype, m
     regular = on_device(problem, cuda_device)
     other = [p._replace(weight=shifted(p.weight)) for p in regular.group]
     results = [
-        [*out[1:], compose(group, out.bits, scale=problem.scale, backend="cuda")]
+        [*out[1:], compose(group, out.bits, scale=regular.scale, backend="cuda")]
         for group in (regular.group, other)
         for out in [masked_linear(regular.x, group, **regular.scalars(), **mode, backend="cuda")]
     ]
