@@ -2,7 +2,7 @@
 """Backend `cuda` against the fp64 oracle and the reference's bits.
 
 The kernels run on a GPU where one is at hand, and everywhere on the CPU, compiled from the same
-source (`emulated.py`), with the copies of sm_80 and of sm_90.
+source (`emulated.py`).
 """
 
 from dataclasses import replace
@@ -151,25 +151,38 @@ def test_weights_at_odd_addresses_give_the_same_bits(cuda_device):
     assert torch.equal(*results)
 
 
+def hold_regular_to_general(problem, mode):
+    """Bits, statistics and W_eff of regular members are those at other addresses. Gives the bits."""
+    other = [p._replace(weight=shifted(p.weight)) for p in problem.group]
+    results = [
+        [*out[1:], compose(group, out.bits, scale=problem.scale, backend="cuda")]
+        for group in (problem.group, other)
+        for out in [masked_linear(problem.x, group, **problem.scalars(), **mode, backend="cuda")]
+    ]
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+    return results[0][-2].cpu()
+
+
 @pytest.mark.parametrize("mode", [SAMPLED, HARD], ids=["sampled", "hard"])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("initial", [True, False])
 def test_regular_launches_give_the_bits_of_others(cuda_device, initial, dtype, mode):
-    """Whole tiles at 16-byte addresses, and the same at others; then held to fp64."""
     sizes = {"rank": 16, "mask_rank": 16, "dtype": dtype, "initial": initial}
     problem = make_problem([96, 160], 256, (3,), **sizes)
     hold_forward(problem, cuda_device, mode)
     regular = on_device(problem, cuda_device)
-    other = [p._replace(weight=shifted(p.weight)) for p in regular.group]
-    results = [
-        [*out[1:], compose(group, out.bits, scale=regular.scale, backend="cuda")]
-        for group in (regular.group, other)
-        for out in [masked_linear(regular.x, group, **regular.scalars(), **mode, backend="cuda")]
-    ]
-    for got, expected in zip(*results, strict=True):
-        assert torch.equal(got, expected)
-    drawn = draw(regular, "cuda", mode["hard"])
-    assert torch.equal(drawn, results[0][-2].cpu()), "alone and with W_eff"
+    bits = hold_regular_to_general(regular, mode)
+    assert torch.equal(draw(regular, "cuda", mode["hard"]), bits), "alone and with W_eff"
+
+
+def test_tasks_of_several_tiles(cuda_device):
+    """Only groups of 512 tasks have any."""
+    problem = make_problem([96], 512 * 128, (0,), rank=16, mask_rank=16, dtype=torch.bfloat16)
+    bits = hold_regular_to_general(on_device(problem, cuda_device), SAMPLED)
+    expected = draw(problem, "reference", False)
+    p, seed, step = problem.group[0], problem.seed, problem.step
+    assert_only_the_threshold_differs(p, seed, step, False, bits, expected)
 
 
 def test_two_runs_are_bit_equal(cuda_device):
