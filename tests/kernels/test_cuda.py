@@ -152,7 +152,7 @@ def test_weights_at_odd_addresses_give_the_same_bits(cuda_device):
 
 
 def hold_regular_to_general(problem, mode):
-    """Bits, statistics and W_eff of regular members are those at other addresses. Gives the bits."""
+    """Bits, statistics and W_eff of regular members are those at other addresses; the bits."""
     other = [p._replace(weight=shifted(p.weight)) for p in problem.group]
     results = [
         [*out[1:], compose(group, out.bits, scale=problem.scale, backend="cuda")]
