@@ -29,7 +29,7 @@ from benchmarks.summary import Summary, Table, mean_ratio
 
 ROUNDS = 10
 AT_ONCE = MemoryCase("sdxl-140 at once", (SDXL_AT_ONCE,))
-BESIDE_COMPILED = replace(SDXL, label="sdxl-140 beside compile")
+BESIDE_COMPILED = [replace(case, label=f"{case.label} beside compile") for case in (SDXL, AT_ONCE)]
 RIVALS_HERE = ("gumbel", "eager", "peft", "loha", "dense")
 COMPILED = "eager.compile"
 Entries = Sequence[tuple[MemoryCase, Sequence[str]]]
@@ -94,7 +94,8 @@ def _tasks(settings: Settings) -> list[Task]:
     runs: list[Entries] = [[(model_wide(by_block, kind), (*gpu.KERNELS, *RIVALS_HERE))]]
     if not settings.quick:
         runs[0] = [*runs[0], (model_wide(AT_ONCE, kind), gpu.KERNELS)]
-        runs.append([(model_wide(BESIDE_COMPILED, kind), (*gpu.KERNELS, COMPILED))])
+        by_block, at_once = (model_wide(case, kind) for case in BESIDE_COMPILED)
+        runs.append([(by_block, (*gpu.KERNELS, COMPILED)), (at_once, gpu.KERNELS)])
     return [Task(entries[0][0].name, partial(_run, entries, settings)) for entries in runs]
 
 
@@ -118,11 +119,10 @@ def _summary(rows: list[Row]) -> Summary:
 def _at_once_ratios(table: Table, cases: Sequence[str], rival: str, provider: str) -> Summary:
     """A rival's time over ours with all layers in one group: the same weights, which no rival can
     batch."""
-    beside = BESIDE_COMPILED.label if rival == COMPILED else SDXL.label
     return {
         f"step.{provider}.at_once.over.{rival}.{clock}": mean_ratio(
             cases,
-            lambda case: table.find(case.replace(AT_ONCE.label, beside), rival),
+            lambda case: table.find(case.replace(AT_ONCE.label, SDXL.label), rival),
             lambda case: table.find(case, provider),
             value,
         )

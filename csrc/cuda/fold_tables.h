@@ -89,7 +89,8 @@ inline bool fold_tables(const stamina_layer* layers, int64_t layer_count,
     tables.regular = tables.regular && is_regular(layer, layers[0].dtype);
     const int64_t column_tasks = ceil_div(layer.in_features, kBlockColumns);
     const int64_t tasks = ceil_div(layer.out_features, kFoldRows) * column_tasks;
-    if (!Checks("layers", k).size("the number of tasks", tasks, 1).ok()) return false;
+    if (!Checks("layers", k).size("the number of tasks", tasks, 1, kLargestInt32 / kFoldRows).ok())
+      return false;
     tables.layers.push_back({layer.weight, layer.weight_init, layer.in_features,
                              static_cast<int32_t>(layer.out_features),
                              static_cast<int32_t>(first_step),

@@ -65,7 +65,7 @@ typedef struct {
   int64_t out_features, in_features, dtype, adapters;
 } stamina_layer;
 
-// Bytes of scratch memory that stamina_fold needs; reads the adapters' ranks.
+// Bytes of scratch memory, aligned to 16 bytes, that stamina_fold needs; reads the adapters' ranks.
 STAMINA_EXPORT int64_t stamina_fold_scratch_bytes(int64_t layers, const stamina_adapter* adapters,
                                                   int64_t adapter_count);
 

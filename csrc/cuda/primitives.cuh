@@ -81,12 +81,16 @@ __device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+__device__ inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 // The four 8 x 8 parts of a 16 x 16 matrix of 16-bit words, as operand a of an mma. Lane l gives
 // the address of row l % 16 of the first (l < 16) or the second 8 columns.
 __device__ inline void load_matrices(uint32_t (&a)[4], const uint16_t* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared)))
+               : "r"(shared_address(shared))
                : "memory");
 }
 
@@ -104,10 +108,6 @@ __device__ inline uint32_t broadcast(uint32_t value) { return __shfl_sync(0xFFFF
 // The low word of high : low >> by.
 __device__ inline uint32_t shift_right(uint32_t high, uint32_t low, int by) {
   return __funnelshift_r(low, high, by);
-}
-
-__device__ inline uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
 // Calls the line of an address into L2.

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
 # unknown: unroll and friends; aliasing: shared memory is read as vectors, which nvcc allows
 TOLERATED = ["-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+# a vector at an address that is none of its size stops the process, as it would stop a GPU
+CHECKED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 @cache
@@ -32,8 +34,9 @@ def library() -> Any:
         pytest.skip("needs a C++ compiler")
     target = Path(mkdtemp(prefix="stamina-emulated-")) / "_cuda.so"
     subprocess.run(
-        [compiler, "-x", "c++", *FLAGS, *TOLERATED, "-fPIC", "-shared", "-fvisibility=hidden",
-         "-I", str(ROOT / "tests/kernels/cuda"), str(ROOT / "csrc/cuda/library.cu"),
+        [compiler, "-x", "c++", *FLAGS, *TOLERATED, *CHECKED, "-fPIC", "-shared",
+         "-fvisibility=hidden", "-I", str(ROOT / "tests/kernels/cuda"),
+         str(ROOT / "csrc/cuda/library.cu"),
          "-o", str(target)],
         check=True,
     )  # fmt: skip

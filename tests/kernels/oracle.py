@@ -42,6 +42,11 @@ class Problem:
         return replace(self, x=self.x.detach().clone().requires_grad_(), group=group)
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """A copy at an address that takes no 16-byte accesses."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+
+
 def make_problem(
     out_features: list[int],
     in_features: int,

@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from corruptions import make_mlp
-from oracle import FACTORS, assert_as_accurate, make_problem, oracle, product_eps, run
+from oracle import FACTORS, assert_as_accurate, make_problem, oracle, product_eps, run, shifted
 from test_mask_agreement import assert_only_the_threshold_differs
-from test_reference import committed, dense_delta
 from test_triton import mixed_group, on_device
 
 from stamina_kernels import (
@@ -21,7 +20,6 @@ from stamina_kernels import (
     compose,
     cuda,
     embedding_mlp,
-    fold_,
     masked_linear,
     sample_mask,
     triton,
@@ -96,10 +94,13 @@ def draw(problem, backend, hard):
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize(("col0", "mask_rank"), [(0, 16), (6, 20), (3, 1)])
-def test_bits_equal_the_reference_off_the_threshold(cuda_device, hard, col0, mask_rank):
-    problem = make_problem([70], 165, (1,), mask_rank=mask_rank)
+# the second of these is regular where the others allow it
+@pytest.mark.parametrize("shape", [(70, 165), (64, 128)])
+def test_bits_equal_the_reference_off_the_threshold(cuda_device, hard, col0, mask_rank, shape):
+    rows, columns = shape
+    problem = make_problem([rows], columns, (1,), mask_rank=mask_rank)
     # rows and columns beyond 31 bits
-    p = problem.group[0]._replace(row0=(1 << 32) - 70, col0=(1 << 33) + col0)
+    p = problem.group[0]._replace(row0=(1 << 32) - rows, col0=(1 << 33) + col0)
     problem = replace(problem, group=[p], step=torch.tensor((1 << 32) + 5))
     bits = draw(on_device(problem, cuda_device), "cuda", hard)
     expected = draw(problem, "reference", hard)
@@ -131,11 +132,6 @@ def test_compose_is_one_rounding_and_the_forward_uses_it(cuda_device, dtype):
         first = rows.stop
 
 
-def shifted(tensor):
-    """A copy at an address that takes no 16-byte accesses."""
-    return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
-
-
 def test_weights_at_odd_addresses_give_the_same_bits(cuda_device):
     problem = on_device(make_problem([20], 48, (5,), dtype=torch.float16), cuda_device)
     weight = problem.group[0].weight
@@ -155,7 +151,7 @@ def hold_regular_to_general(problem, mode):
     """Bits, statistics and W_eff of regular members are those at other addresses; the bits."""
     other = [p._replace(weight=shifted(p.weight)) for p in problem.group]
     results = [
-        [*out[1:], compose(group, out.bits, scale=problem.scale, backend="cuda")]
+        [*out, compose(group, out.bits, scale=problem.scale, backend="cuda")]
         for group in (problem.group, other)
         for out in [masked_linear(problem.x, group, **problem.scalars(), **mode, backend="cuda")]
     ]
@@ -176,13 +172,41 @@ def test_regular_launches_give_the_bits_of_others(cuda_device, initial, dtype, m
     assert torch.equal(draw(regular, "cuda", mode["hard"]), bits), "alone and with W_eff"
 
 
+ONE_THING = {
+    "rows": {"out_features": [72, 64]},
+    "rank": {"rank": 12},
+    "mask_rank": {"mask_rank": 20},
+    "dtype": {"weight_dtype": torch.float32},
+    "weight": {},
+    "weight_init": {},
+}
+
+
+@pytest.mark.parametrize("thing", ONE_THING)
+def test_members_that_are_regular_but_for_one_thing(cuda_device, thing):
+    sizes = {"out_features": [64, 64], "rank": 16, "mask_rank": 16} | ONE_THING[thing]
+    problem = make_problem(in_features=128, batch=(3,), dtype=torch.bfloat16, **sizes)
+    first, second = problem.group
+    if not ONE_THING[thing]:
+        first = first._replace(**{thing: shifted(getattr(first, thing))})
+    hold_forward(replace(problem, group=[first, second]), cuda_device)
+
+
+def hold_composed(problem, bits, device):
+    """W_eff of one member from its bits, within one rounding of fp64."""
+    moved, (p,) = on_device(problem, device), problem.group
+    got = compose(moved.group, bits.to(device), scale=moved.scale, backend="cuda").cpu()
+    mask = unpack_bits(bits, p.weight.shape[1])
+    eager = (p.weight.float() + 0.5 * mask * (p.A @ p.B)).to(p.weight.dtype)
+    exact = p.weight.double() + 0.5 * mask * (p.A.double() @ p.B.double())
+    assert_as_accurate("W_eff", got, eager, exact)
+
+
 def test_tasks_of_several_tiles(cuda_device):
-    """Only groups of 512 tasks have any."""
-    problem = make_problem([96], 512 * 128, (0,), rank=16, mask_rank=16, dtype=torch.bfloat16)
-    bits = hold_regular_to_general(on_device(problem, cuda_device), SAMPLED)
-    expected = draw(problem, "reference", False)
-    p, seed, step = problem.group[0], problem.seed, problem.step
-    assert_only_the_threshold_differs(p, seed, step, False, bits, expected)
+    """Only groups of 512 tasks have any. Regular, and ranks that are copied anew for every tile."""
+    problem = make_problem([96], 512 * 128, (2,), rank=16, mask_rank=16, dtype=torch.bfloat16)
+    hold_composed(problem, hold_forward(problem, cuda_device), cuda_device)
+    hold_forward(make_problem([40] * 512, 8, (2,), rank=20, mask_rank=20), cuda_device)
 
 
 def test_two_runs_are_bit_equal(cuda_device):
@@ -193,117 +217,6 @@ def test_two_runs_are_bit_equal(cuda_device):
     )
     for got, again in zip(first, second, strict=True):
         assert torch.equal(got, again)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_fold_rounds_once_and_unfolds_exactly(cuda_device, dtype):
-    shapes, ranks, concepts = [(136, 256), (40, 70), (9, 33)], [16, 3, 40], [6, 2, 0]
-    layers = [committed(*s, r, n) for s, r, n in zip(shapes, ranks, concepts, strict=True)]
-    initial = [make_problem([o], i, (1,), dtype=dtype).group[0].weight for o, i in shapes]
-    initial[2][0, 0] = -0.0
-    moved = [[a._replace(**move(a, cuda_device)) for a in layer] for layer in layers]
-    start = [w.to(cuda_device) for w in initial]
-    weights = [torch.full_like(w, float("nan")) for w in start]
-    fold_(weights, start, moved, backend="cuda")
-    for weight, before, adapters in zip(weights, initial, layers, strict=True):
-        exact = before.double() + sum(dense_delta(a, before.shape[1]) for a in adapters)
-        terms = sum(
-            abs(a.scale) * 2.0 ** sum(a.exponent) * a.A.double().abs() @ a.B.double().abs()
-            for a in adapters
-        )
-        # half a unit of W's dtype, and fp32's of rank + concepts terms before it
-        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        limit = torch.finfo(dtype).eps / 2 * exact.abs() * 1.001 + smallest
-        limit = limit + (40 + 6) * 2.0**-24 * terms
-        assert ((weight.cpu().double() - exact).abs() <= limit).all()
-    assert torch.equal(weights[2].view(torch.uint8), start[2].view(torch.uint8))
-    # unfolded in place, and never learned
-    rest = [torch.empty_like(w) for w in start]
-    left = [moved[0][1:], moved[1][:1], []]
-    fold_(rest, start, left, backend="cuda")
-    fold_(weights, start, left, backend="cuda")
-    assert all(torch.equal(a, b) for a, b in zip(rest, weights, strict=True))
-
-
-def move(adapter, device):
-    return {name: getattr(adapter, name).to(device) for name in ("A", "B", "bits")}
-
-
-# steps: one; less than there are stages; more than are held; and 64 rows beyond whole tasks
-REGULAR = [((128, 128), 16, 1), ((192, 256), 32, 1), ((64, 128), 16, 7), ((192, 128), 32, 33)]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("shape", "rank", "concepts"), REGULAR)
-def test_fold_of_regular_layers_gives_the_bits_of_any_addresses(
-    cuda_device, dtype, shape, rank, concepts
-):
-    adapters = [a._replace(**move(a, cuda_device)) for a in committed(*shape, rank, concepts)]
-    odd = [a._replace(A=shifted(a.A), B=shifted(a.B), bits=shifted(a.bits)) for a in adapters]
-    start = make_problem([shape[0]], shape[1], (1,), dtype=dtype).group[0].weight.to(cuda_device)
-    results = []
-    for initial, layer in ((start, adapters), (shifted(start), adapters), (start, odd)):
-        weight = torch.full_like(initial, float("nan"))
-        fold_([weight], [initial], [layer], backend="cuda")
-        results.append(weight.view(torch.int16))
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_fold_of_regular_layers_of_several_ranks_and_shapes(cuda_device):
-    shapes, ranks = [(64, 256), (320, 128)], [[16, 48, 32], [32]]
-    layers = [
-        [committed(*s, r, 1)[0] for r in layer] for s, layer in zip(shapes, ranks, strict=True)
-    ]
-    layers = [[a._replace(**move(a, cuda_device)) for a in layer] for layer in layers]
-    start = [make_problem([o], i, (1,), dtype=torch.float16).group[0].weight for o, i in shapes]
-    results = []
-    for initial in (
-        [w.to(cuda_device) for w in start],
-        [shifted(w.to(cuda_device)) for w in start],
-    ):
-        weights = [torch.full_like(w, float("nan")) for w in initial]
-        fold_(weights, initial, layers, backend="cuda")
-        results.append(weights)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "max", "-max"])
-def test_fold_that_overflows_in_one_element(cuda_device, dtype, value):
-    """Where every row is whole vectors and where not; the largest number itself is none."""
-    for shape in ((192, 128), (9, 33)):
-        adapter = committed(*shape, 16, 1)[0]
-        adapter = adapter._replace(
-            A=torch.zeros_like(adapter.A), bits=torch.full_like(adapter.bits, -1)
-        )
-        adapter = adapter._replace(**move(adapter, cuda_device))
-        start = torch.ones(shape, dtype=dtype, device=cuda_device)
-        start[-1, -1] = torch.finfo(dtype).max if value.endswith("max") else float(value)
-        start[-1, -1] *= -1 if value == "-max" else 1
-        weight = torch.zeros_like(start)
-        if value.endswith("max"):
-            fold_([weight], [start], [[adapter]], backend="cuda")
-            assert torch.equal(weight, start)
-            continue
-        with pytest.raises(OverflowError, match="layer 0 overflows"):
-            fold_([weight], [start], [[adapter]], backend="cuda")
-
-
-def test_fold_of_mixed_dtypes_and_fold_that_overflows(cuda_device):
-    adapter = committed(20, 50, 3, 1)[0]
-    adapter = adapter._replace(**move(adapter, cuda_device))
-    initial = [torch.randn(20, 50).to(d).to(cuda_device) for d in DTYPES]
-    weights = [torch.zeros_like(w) for w in initial]
-    fold_(weights, initial, [[adapter]] * 3, backend="cuda")
-    for weight, start in zip(weights, initial, strict=True):
-        alone = torch.zeros_like(start)
-        fold_([alone], [start], [[adapter]], backend="cuda")
-        assert torch.equal(weight, alone)
-    huge = adapter._replace(scale=1e9, bits=torch.full_like(adapter.bits, -1))
-    with pytest.raises(OverflowError, match="layer 2 overflows torch.float16"):
-        fold_(weights, initial, [[adapter], [], [huge]], backend="cuda")
-    for weight, start in zip(weights, initial, strict=True):
-        assert torch.equal(weight.view(torch.uint8), start.view(torch.uint8))
 
 
 def test_commit_equals_the_reference(cuda_device):

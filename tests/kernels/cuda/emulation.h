@@ -25,16 +25,16 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 struct Index {
