@@ -93,8 +93,8 @@ def draw(problem, backend, hard):
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize(("col0", "mask_rank"), [(0, 16), (6, 20), (3, 1)])
-# the second of these is regular where the others allow it
+@pytest.mark.parametrize(("col0", "mask_rank"), [(0, 16), (6, 16), (6, 20), (3, 1)])
+# the second of these is regular at column 0 and rank 16
 @pytest.mark.parametrize("shape", [(70, 165), (64, 128)])
 def test_bits_equal_the_reference_off_the_threshold(cuda_device, hard, col0, mask_rank, shape):
     rows, columns = shape
@@ -174,6 +174,7 @@ def test_regular_launches_give_the_bits_of_others(cuda_device, initial, dtype, m
 
 ONE_THING = {
     "rows": {"out_features": [72, 64]},
+    "columns": {"in_features": 160},
     "rank": {"rank": 12},
     "mask_rank": {"mask_rank": 20},
     "dtype": {"weight_dtype": torch.float32},
@@ -184,8 +185,8 @@ ONE_THING = {
 
 @pytest.mark.parametrize("thing", ONE_THING)
 def test_members_that_are_regular_but_for_one_thing(cuda_device, thing):
-    sizes = {"out_features": [64, 64], "rank": 16, "mask_rank": 16} | ONE_THING[thing]
-    problem = make_problem(in_features=128, batch=(3,), dtype=torch.bfloat16, **sizes)
+    sizes = {"out_features": [64, 64], "in_features": 128, "rank": 16, "mask_rank": 16}
+    problem = make_problem(batch=(3,), dtype=torch.bfloat16, **sizes | ONE_THING[thing])
     first, second = problem.group
     if not ONE_THING[thing]:
         first = first._replace(**{thing: shifted(getattr(first, thing))})
