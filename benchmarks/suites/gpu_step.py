@@ -94,8 +94,9 @@ def _tasks(settings: Settings) -> list[Task]:
     runs: list[Entries] = [[(model_wide(by_block, kind), (*gpu.KERNELS, *RIVALS_HERE))]]
     if not settings.quick:
         runs[0] = [*runs[0], (model_wide(AT_ONCE, kind), gpu.KERNELS)]
-        by_block, at_once = (model_wide(case, kind) for case in BESIDE_COMPILED)
-        runs.append([(by_block, (*gpu.KERNELS, COMPILED)), (at_once, gpu.KERNELS)])
+        providers = ((*gpu.KERNELS, COMPILED), gpu.KERNELS)
+        cases = (model_wide(case, kind) for case in BESIDE_COMPILED)
+        runs.append(list(zip(cases, providers, strict=True)))
     return [Task(entries[0][0].name, partial(_run, entries, settings)) for entries in runs]
 
 

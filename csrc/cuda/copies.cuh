@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Asynchronous copies of matrices into shared memory, 16 bytes a thread at a time. Bulk copies
-// (cp.async.bulk of sm_90) were measured and lost: rows of 256 or 512 bytes are too short for them.
+// (cp.async.bulk of sm_90) of the same rows, 256 or 512 bytes, were measured and lost.
 #pragma once
 
 #include "../common/half.h"

@@ -115,6 +115,13 @@ def test_extreme_and_missing_logits(cuda_device):
         assert int(unpack_bits(bits, 64).sum()) == density
 
 
+def hold_effective(got, p, mask):
+    """W_eff of a member at scale 0.5 against fp64."""
+    eager = (p.weight.float() + 0.5 * mask * (p.A @ p.B)).to(got.dtype)
+    exact = p.weight.double() + 0.5 * mask * (p.A.double() @ p.B.double())
+    assert_as_accurate("W_eff", got, eager, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compose_is_one_rounding_and_the_forward_uses_it(cuda_device, dtype):
     problem = mixed_group(dtype)
@@ -126,9 +133,7 @@ def test_compose_is_one_rounding_and_the_forward_uses_it(cuda_device, dtype):
     first, mask = 0, unpack_bits(out.bits.cpu(), 70)
     for p in problem.group:
         rows = slice(first, first + p.weight.shape[0])
-        delta = 0.5 * mask[rows] * (p.A.double() @ p.B.double())
-        eager = (p.weight.float() + 0.5 * mask[rows] * (p.A @ p.B)).to(dtype)
-        assert_as_accurate("W_eff", got[rows], eager, p.weight.double() + delta)
+        hold_effective(got[rows], p, mask[rows])
         first = rows.stop
 
 
@@ -193,20 +198,16 @@ def test_members_that_are_regular_but_for_one_thing(cuda_device, thing):
     hold_forward(replace(problem, group=[first, second]), cuda_device)
 
 
-def hold_composed(problem, bits, device):
-    """W_eff of one member from its bits, within one rounding of fp64."""
-    moved, (p,) = on_device(problem, device), problem.group
-    got = compose(moved.group, bits.to(device), scale=moved.scale, backend="cuda").cpu()
-    mask = unpack_bits(bits, p.weight.shape[1])
-    eager = (p.weight.float() + 0.5 * mask * (p.A @ p.B)).to(p.weight.dtype)
-    exact = p.weight.double() + 0.5 * mask * (p.A.double() @ p.B.double())
-    assert_as_accurate("W_eff", got, eager, exact)
-
-
 def test_tasks_of_several_tiles(cuda_device):
     """Only groups of 512 tasks have any. Regular, and ranks that are copied anew for every tile."""
     problem = make_problem([96], 512 * 128, (2,), rank=16, mask_rank=16, dtype=torch.bfloat16)
-    hold_composed(problem, hold_forward(problem, cuda_device), cuda_device)
+    bits, moved, (p,) = (
+        hold_forward(problem, cuda_device),
+        on_device(problem, cuda_device),
+        problem.group,
+    )
+    got = compose(moved.group, bits.to(cuda_device), scale=moved.scale, backend="cuda").cpu()
+    hold_effective(got, p, unpack_bits(bits, p.weight.shape[1]))
     hold_forward(make_problem([40] * 512, 8, (2,), rank=20, mask_rank=20), cuda_device)
 
 

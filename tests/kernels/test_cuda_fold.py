@@ -12,13 +12,25 @@ from stamina_kernels import fold_
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def on(device, adapters):
+    return [
+        a._replace(A=a.A.to(device), B=a.B.to(device), bits=a.bits.to(device)) for a in adapters
+    ]
+
+
+def folded(initial, layer):
+    weight = torch.full_like(initial, float("nan"))
+    fold_([weight], [initial], [layer], backend="cuda")
+    return weight.view(torch.int16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fold_rounds_once_and_unfolds_exactly(cuda_device, dtype):
     shapes, ranks, concepts = [(136, 256), (40, 70), (9, 33)], [16, 3, 40], [6, 2, 0]
     layers = [committed(*s, r, n) for s, r, n in zip(shapes, ranks, concepts, strict=True)]
     initial = [make_problem([o], i, (1,), dtype=dtype).group[0].weight for o, i in shapes]
     initial[2][0, 0] = -0.0
-    moved = [[a._replace(**move(a, cuda_device)) for a in layer] for layer in layers]
+    moved = [on(cuda_device, layer) for layer in layers]
     start = [w.to(cuda_device) for w in initial]
     weights = [torch.full_like(w, float("nan")) for w in start]
     fold_(weights, start, moved, backend="cuda")
@@ -42,20 +54,6 @@ def test_fold_rounds_once_and_unfolds_exactly(cuda_device, dtype):
     assert all(torch.equal(a, b) for a, b in zip(rest, weights, strict=True))
 
 
-def move(adapter, device):
-    return {name: getattr(adapter, name).to(device) for name in ("A", "B", "bits")}
-
-
-def folded(initial, layer):
-    weight = torch.full_like(initial, float("nan"))
-    fold_([weight], [initial], [layer], backend="cuda")
-    return weight.view(torch.int16)
-
-
-def committed_on(device, *arguments):
-    return [a._replace(**move(a, device)) for a in committed(*arguments)]
-
-
 # steps: one; less than there are stages; more than are held; and 64 rows beyond whole tasks
 REGULAR = [((128, 128), 16, 1), ((192, 256), 32, 1), ((64, 128), 16, 7), ((192, 128), 32, 33)]
 
@@ -65,7 +63,7 @@ REGULAR = [((128, 128), 16, 1), ((192, 256), 32, 1), ((64, 128), 16, 7), ((192, 
 def test_fold_of_regular_layers_gives_the_bits_of_any_addresses(
     cuda_device, dtype, shape, rank, concepts
 ):
-    adapters = committed_on(cuda_device, *shape, rank, concepts)
+    adapters = on(cuda_device, committed(*shape, rank, concepts))
     start = make_problem([shape[0]], shape[1], (1,), dtype=dtype).group[0].weight.to(cuda_device)
     expected = folded(start, adapters)
     assert torch.equal(folded(shifted(start), adapters), expected)
@@ -79,12 +77,12 @@ def test_fold_of_regular_layers_gives_the_bits_of_any_addresses(
 
 def test_fold_of_layers_that_are_regular_but_for_one_thing(cuda_device):
     start = make_problem([128], 128, (1,), dtype=torch.bfloat16).group[0].weight.to(cuda_device)
-    whole = committed_on(cuda_device, 128, 128, 16, 3)
+    whole = on(cuda_device, committed(128, 128, 16, 3))
     expected = folded(start, whole)
     rows = [a._replace(A=a.A[:96], bits=a.bits[:96]) for a in whole]
     assert torch.equal(folded(start[:96], rows), expected[:96])
     # 24 of a rank are one step and a half: the same as 32 with zeros
-    short = committed_on(cuda_device, 128, 128, 24, 2)
+    short = on(cuda_device, committed(128, 128, 24, 2))
     padded = [a._replace(A=pad(a.A, (0, 8)), B=pad(a.B, (0, 0, 0, 8))) for a in short]
     assert torch.equal(folded(start, short), folded(start, padded))
     assert torch.equal(folded(start, short + whole), folded(start, padded + whole))
@@ -99,9 +97,9 @@ def test_fold_of_layers_that_are_regular_but_for_one_thing(cuda_device):
 def test_fold_of_regular_layers_of_several_ranks_and_shapes(cuda_device):
     shapes, ranks = [(64, 256), (320, 128)], [[16, 48, 32], [32]]
     layers = [
-        [committed(*s, r, 1)[0] for r in layer] for s, layer in zip(shapes, ranks, strict=True)
+        on(cuda_device, [committed(*s, r, 1)[0] for r in layer])
+        for s, layer in zip(shapes, ranks, strict=True)
     ]
-    layers = [[a._replace(**move(a, cuda_device)) for a in layer] for layer in layers]
     start = [make_problem([o], i, (1,), dtype=torch.float16).group[0].weight for o, i in shapes]
     results = []
     for initial in (
@@ -119,11 +117,10 @@ def test_fold_of_regular_layers_of_several_ranks_and_shapes(cuda_device):
 def test_fold_that_overflows_in_one_element(cuda_device, dtype, value):
     """Where every row is whole vectors and where not; the largest number itself is none."""
     for shape in ((192, 128), (9, 33)):
-        adapter = committed(*shape, 16, 1)[0]
+        (adapter,) = on(cuda_device, committed(*shape, 16, 1))
         adapter = adapter._replace(
             A=torch.zeros_like(adapter.A), bits=torch.full_like(adapter.bits, -1)
         )
-        adapter = adapter._replace(**move(adapter, cuda_device))
         start = torch.ones(shape, dtype=dtype, device=cuda_device)
         start[-1, -1] = torch.finfo(dtype).max if value.endswith("max") else float(value)
         start[-1, -1] *= -1 if value == "-max" else 1
@@ -137,8 +134,7 @@ def test_fold_that_overflows_in_one_element(cuda_device, dtype, value):
 
 
 def test_fold_of_mixed_dtypes_and_fold_that_overflows(cuda_device):
-    adapter = committed(20, 50, 3, 1)[0]
-    adapter = adapter._replace(**move(adapter, cuda_device))
+    (adapter,) = on(cuda_device, committed(20, 50, 3, 1))
     initial = [torch.randn(20, 50).to(d).to(cuda_device) for d in DTYPES]
     weights = [torch.zeros_like(w) for w in initial]
     fold_(weights, initial, [[adapter]] * 3, backend="cuda")
