@@ -134,6 +134,13 @@ def test_more_tasks_than_a_grid_has_are_refused(library):
     arguments = {**ARGUMENTS["sample"], "members": [tall] * 2, "in_features": 1 << 20}
     with pytest.raises(ValueError, match="number of tasks of the group must be at most 2147483647"):
         cuda_interface.check(library, call(library, "sample", arguments))
+    huge = {"out_features": BEYOND_INT32 - 1, "in_features": 1 << 20}
+    layers = [ARGUMENTS["fold"]["layers"][0] | huge]
+    with pytest.raises(
+        ValueError, match=r"layers\[0\].the number of tasks must be at most 16777215"
+    ):
+        arguments = {**ARGUMENTS["fold"], "layers": layers}
+        cuda_interface.check(library, call(library, "fold", arguments))
 
 
 def test_scratch_sizes_refuse_what_the_launch_would(library):
