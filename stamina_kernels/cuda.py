@@ -3,10 +3,10 @@
 
 The functions are those of `reference.py`, which defines them. The library `_cuda.so` is loaded on
 first use through its C interface (`csrc/cuda/interface.h`), needs no driver to load, and launches
-on torch's current stream. sample, compose, masked_linear's W_eff with its bits and statistics, and
-fold_ are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are the vendor's; the
-contraction of the factors' gradients is backend `triton`'s, which the backward therefore needs, and
-the MLPs of the masks' factors are too.
+on torch's current stream. sample, compose, masked_linear's W_eff with its bits and statistics, the
+factors' gradients and fold_ are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are
+the vendor's. Backend `triton` serves the MLPs of the masks' factors, and the gradients of groups
+that are not of one 16-bit type with equal ranks of at most 16 and sizes divisible by 8.
 """
 
 import logging
@@ -190,7 +190,7 @@ def masked_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Y, forget, sparse, counts and bits of the group; tau matters in the backward only.
 
-    W_eff of up to 38 members comes from one launch. The product is the vendor's: one that made its
+    W_eff of up to 36 members comes from one launch. The product is the vendor's: one that made its
     own tiles of W_eff would draw and multiply them once for every 128 tokens.
     """
     device, n = x.device, len(weight)
@@ -256,7 +256,10 @@ def _contraction() -> Any:
             f"backend 'cuda' takes masked_linear_backward from backend 'triton', which cannot run: "
             f"{reason}; backend 'reference' needs neither"
         )
-    _log.info("stamina::masked_linear_backward of backend 'cuda' runs the kernel of 'triton'")
+    _log.info(
+        "stamina::masked_linear_backward of backend 'cuda' runs the kernel of 'triton' for groups "
+        "that are not of one 16-bit type with equal ranks of at most 16 and sizes divisible by 8"
+    )
     return triton.masked_linear_backward
 
 
@@ -284,15 +287,43 @@ def masked_linear_backward(
     sparse_kind: str,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dX (empty unless need_dx) and the flat gradients of every member, these from `triton`.
+    """dX (empty unless need_dx) and the flat gradients of every member.
 
-    dX = dY W_eff has the bits and the roundings of the forward. Raises RuntimeError where Triton
-    cannot run.
+    dX = dY W_eff has the bits and the roundings of the forward. Raises RuntimeError where the
+    gradients are backend `triton`'s and Triton cannot run.
     """
-    empty, gradients = _contraction()(
-        dy, x, weight, A, B, U, V, b, weight_init, bits, scale, tau, seed, step, g_forget, g_sparse,
-        layer_id, row0, col0, hard, sparse_kind, False,
-    )  # fmt: skip
+    device, factors = x.device, (A, B, U, V, b)
+    coordinates = list(zip(layer_id, row0, col0, strict=True))
+    group = _Group(device, *factors, weight, weight_init, coordinates)
+    library, dtype = _library(), _DTYPES[x.dtype]
+    size = library.stamina_backward_scratch_bytes(
+        *group.head, dy.data_ptr(), x.data_ptr(), dtype
+    )
+    empty = x.new_empty(0)
+    if size == 0:
+        _, gradients = _contraction()(
+            dy, x, weight, *factors, weight_init, bits, scale, tau, seed, step, g_forget, g_sparse,
+            layer_id, row0, col0, hard, sparse_kind, False,
+        )  # fmt: skip
+    else:
+        gradients = torch.empty(sum(t.numel() for ts in factors for t in ts), device=device)
+        scratch = torch.empty(max(size, 0), dtype=torch.uint8, device=device)
+        fp32, int64 = torch.float32, torch.int64
+        with _on(device):
+            status = library.stamina_backward(
+                *group.head,
+                _pointer("dy", dy, x.dtype, device),
+                _pointer("x", x, x.dtype, device),
+                x.numel() // group.columns,
+                *(_pointer(name, t, fp32, device) for name, t in (("scale", scale), ("tau", tau))),
+                *(_pointer(name, t, int64, device) for name, t in (("seed", seed), ("step", step))),
+                _pointer("g_forget", g_forget, fp32, device),
+                _pointer("g_sparse", g_sparse, fp32, device),
+                hard, sparse_kind == "relu", dtype,
+                _pointer("bits", bits, torch.int32, device),
+                gradients.data_ptr(), scratch.data_ptr(), scratch.numel(), _stream(device),
+            )  # fmt: skip
+        check(library, status)
     return (dy @ compose(weight, A, B, bits, scale, x.dtype) if need_dx else empty), gradients
 
 

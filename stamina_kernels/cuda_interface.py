@@ -50,6 +50,11 @@ def load(path: Path) -> Any:
             *group, pointer, pointer, pointer, integer, integer, integer, *[pointer] * 6, integer,
             pointer,
         ),
+        "backward_scratch_bytes": (*group, pointer, pointer, integer),
+        "backward": (
+            *group, pointer, pointer, integer, *[pointer] * 6, integer, integer, integer, pointer,
+            pointer, pointer, integer, pointer,
+        ),
         "fold_scratch_bytes": (integer, pointer, integer),
         "fold": (pointer, integer, pointer, integer, pointer, pointer, integer, pointer),
     }  # fmt: skip

@@ -51,6 +51,22 @@ STAMINA_EXPORT int stamina_sample_compose(const stamina_member* members, int64_t
                                           void* sparse, void* counts, void* scratch,
                                           int64_t scratch_bytes, void* stream);
 
+// Bytes of scratch memory, aligned to 16 bytes, that stamina_backward needs; 0 where it does not
+// serve the group, -1 where an argument is wrong.
+STAMINA_EXPORT int64_t stamina_backward_scratch_bytes(const stamina_member* members, int64_t count,
+                                                      int64_t in_features, const void* dy,
+                                                      const void* x, int64_t dtype);
+
+// dy: [tokens, sum O], x: [tokens, I], of `dtype`. scale, tau, g_forget [count], g_sparse [count]:
+// fp32. gradients: fp32, dA, dB, dU, dV, db of every member, one after another.
+STAMINA_EXPORT int stamina_backward(const stamina_member* members, int64_t count,
+                                    int64_t in_features, const void* dy, const void* x,
+                                    int64_t tokens, const void* scale, const void* tau,
+                                    const void* seed, const void* step, const void* g_forget,
+                                    const void* g_sparse, int64_t hard, int64_t relu, int64_t dtype,
+                                    const void* bits, void* gradients, void* scratch,
+                                    int64_t scratch_bytes, void* stream);
+
 // A committed adapter: fp16 factors, int32 bits [O, ceil(I / 32)], D = coefficient M (.) (A B).
 typedef struct {
   const void *A, *B, *bits;

@@ -3,142 +3,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "backward_tables.h"
 #include "compose.cuh"
 #include "fold_tables.h"
 
 namespace stamina::cuda {
 namespace {
-
-// What an operation reads of its members.
-struct Reads {
-  bool weight, logits;
-};
-
-bool check_member(const stamina_member& m, int64_t index, int64_t in_features, Reads reads) {
-  Checks check("members", index);
-  check.size("out_features", m.out_features, 1);
-  if (reads.weight) {
-    check.dtype("dtype", m.dtype)
-        .pointer("weight", m.weight, bytes_of(m.dtype))
-        .optional_pointer("weight_init", m.weight_init, bytes_of(m.dtype))
-        .pointer("A", m.A, 4)
-        .pointer("B", m.B, 4)
-        .size("rank", m.rank, 1);
-  }
-  if (reads.logits) {
-    // the counter holds i in 32 bits and j >> 2 in 32 bits
-    check.pointer("U", m.U, 4)
-        .pointer("V", m.V, 4)
-        .pointer("b", m.b, 4)
-        .size("mask_rank", m.mask_rank, 1)
-        .size("layer_id", m.layer_id, 0, (int64_t{1} << 32) - 1)
-        .size("row0", m.row0, 0, (int64_t{1} << 32) - m.out_features)
-        .size("col0", m.col0, 0, (int64_t{1} << 34) - in_features);
-  }
-  return check.ok();
-}
-
-bool check_group(const stamina_member* members, int64_t count, int64_t in_features, Reads reads) {
-  // a lane's column plus a block's stays an int32
-  const bool whole = Checks()
-                         .pointer("members", members, 8)
-                         .size("count", count, 1)
-                         .size("in_features", in_features, 1, kLargestInt32 - kBlockColumns)
-                         .ok();
-  for (int64_t k = 0; whole && k < count; ++k) {
-    if (!check_member(members[k], k, in_features, reads)) return false;
-  }
-  return whole;
-}
-
-// Rows of a task: fewer where a group is small, so that every multiprocessor gets some. It does not
-// depend on the machine, because sums are added task by task.
-int64_t task_rows_of(const stamina_member* members, int64_t count, int64_t in_features) {
-  constexpr int64_t kEnoughTasks = 512;
-  for (int64_t rows = kTaskRows; rows > kTileRows; rows /= 2) {
-    int64_t tasks = 0;
-    for (int64_t k = 0; k < count; ++k) tasks += ceil_div(members[k].out_features, rows);
-    if (tasks * ceil_div(in_features, kBlockColumns) >= kEnoughTasks) return rows;
-  }
-  return kTileRows;
-}
-
-int64_t tasks_of(const stamina_member& member, int64_t task_rows, int64_t in_features) {
-  return ceil_div(member.out_features, task_rows) * ceil_div(in_features, kBlockColumns);
-}
-
-int64_t total_tasks(const stamina_member* members, int64_t count, int64_t in_features) {
-  const int64_t task_rows = task_rows_of(members, count, in_features);
-  int64_t tasks = 0;
-  for (int64_t k = 0; k < count; ++k) tasks += tasks_of(members[k], task_rows, in_features);
-  return tasks;
-}
-
-Member member_of(const stamina_member& m, int64_t first_row, int64_t first_task) {
-  Member member{};
-  member.weight = m.weight;
-  member.initial = m.weight_init;
-  member.A = static_cast<const float*>(m.A);
-  member.B = static_cast<const float*>(m.B);
-  member.U = static_cast<const float*>(m.U);
-  member.V = static_cast<const float*>(m.V);
-  member.b = static_cast<const float*>(m.b);
-  member.first_row = first_row;
-  member.col0 = m.col0;
-  member.row0 = static_cast<uint32_t>(m.row0);
-  member.layer_id = static_cast<uint32_t>(m.layer_id);
-  member.rows = static_cast<int32_t>(m.out_features);
-  member.rank = static_cast<int32_t>(m.rank);
-  member.mask_rank = static_cast<int32_t>(m.mask_rank);
-  member.first_task = static_cast<int32_t>(first_task);
-  member.dtype = static_cast<DType>(m.dtype);
-  return member;
-}
-
-// Calls launch(group, first_member, first_task) for up to kMaxMembers members at a time;
-// `group` holds what is common to all. Returns a status.
-template <typename Launch>
-int launch_group(Group group, const stamina_member* members, int64_t count, int64_t in_features,
-                 const Launch& launch) {
-  const int64_t task_rows = task_rows_of(members, count, in_features);
-  const int64_t all_tasks = total_tasks(members, count, in_features);
-  if (!Checks().size("the number of tasks of the group", all_tasks, 1).ok()) {
-    return STAMINA_INVALID_ARGUMENT;
-  }
-  group.in_features = in_features;
-  group.task_rows = static_cast<int32_t>(task_rows);
-  group.column_tasks = static_cast<int32_t>(ceil_div(in_features, kBlockColumns));
-  int64_t first_row = 0, first_task = 0;
-  for (int64_t begin = 0; begin < count; begin += kMaxMembers) {
-    int64_t tasks = 0, most_tasks = 0;
-    group.members = 0;
-    for (int64_t k = begin; k < count && k < begin + kMaxMembers; ++k) {
-      group.member[group.members++] = member_of(members[k], first_row, tasks);
-      const int64_t member_tasks = tasks_of(members[k], task_rows, in_features);
-      tasks += member_tasks;
-      most_tasks = std::max(most_tasks, member_tasks);
-      first_row += members[k].out_features;
-    }
-    group.tasks = static_cast<int32_t>(tasks);
-    group.most_tasks = static_cast<int32_t>(most_tasks);
-    const int status = status_of(launch(group, begin, first_task));
-    if (status != STAMINA_OK) return status;
-    first_task += tasks;
-  }
-  return STAMINA_OK;
-}
-
-// Whether the group is regular (compose.cuh) in what an operation reads, with W_eff of `dtype`.
-bool is_regular(const Group& group, Reads reads, int64_t dtype) {
-  const auto fits = [&](const Member& m) {
-    const bool composes = m.rank == kRankStep && m.dtype == static_cast<DType>(dtype) &&
-                          is_aligned(m.weight) && is_aligned(m.initial);
-    const bool draws = m.mask_rank == kRankStep && m.col0 % 4 == 0;
-    return m.rows % kTileRows == 0 && (composes || !reads.weight) && (draws || !reads.logits);
-  };
-  return group.in_features % kBlockColumns == 0 && is_aligned(group.effective) &&
-         std::all_of(group.member, group.member + group.members, fits);
-}
 
 // call(output dtype, whether the group is regular), as template parameters, for a dtype that was
 // checked. Only the 16-bit dtypes, in which models are trained on GPUs, have regular kernels.
@@ -200,11 +70,12 @@ int stamina_sample(const stamina_member* members, int64_t count, int64_t in_feat
   group.seed = static_cast<const int64_t*>(seed);
   group.step = static_cast<const int64_t*>(step);
   group.bits = static_cast<uint32_t*>(bits);
-  return launch_group(group, members, count, in_features, [&](const Group& part, int64_t, int64_t) {
+  const auto launch_part = [&](const Group& part, int64_t, int64_t) {
     const bool regular = is_regular(part, kReads, STAMINA_FLOAT32);
     return launch(regular ? sample_kernel<true> : sample_kernel<false>, grid_of(part), stream,
                   part);
-  });
+  };
+  return launch_group(kComposeHeights, group, members, count, in_features, launch_part);
 }
 
 int stamina_compose(const stamina_member* members, int64_t count, int64_t in_features,
@@ -224,14 +95,16 @@ int stamina_compose(const stamina_member* members, int64_t count, int64_t in_fea
   group.scale = static_cast<const float*>(scale);
   group.bits = const_cast<uint32_t*>(static_cast<const uint32_t*>(bits));
   group.effective = effective;
-  return launch_group(group, members, count, in_features, [&](const Group& part, int64_t, int64_t) {
+  const auto launch_part = [&](const Group& part, int64_t, int64_t) {
     return with_kernel(dtype, is_regular(part, kReads, dtype), LaunchCompose{part, stream});
-  });
+  };
+  return launch_group(kComposeHeights, group, members, count, in_features, launch_part);
 }
 
 int64_t stamina_scratch_bytes(const stamina_member* members, int64_t count, int64_t in_features) {
   if (!check_group(members, count, in_features, {false, false})) return -1;
-  return total_tasks(members, count, in_features) * static_cast<int64_t>(sizeof(Sums));
+  const int64_t tasks = total_tasks(kComposeHeights, members, count, in_features);
+  return tasks * static_cast<int64_t>(sizeof(Sums));
 }
 
 int stamina_sample_compose(const stamina_member* members, int64_t count, int64_t in_features,
@@ -265,17 +138,84 @@ int stamina_sample_compose(const stamina_member* members, int64_t count, int64_t
   group.scale = static_cast<const float*>(scale);
   group.bits = static_cast<uint32_t*>(bits);
   group.effective = effective;
-  return launch_group(group, members, count, in_features,
-                      [&](Group part, int64_t first_member, int64_t first_task) {
-                        part.partials = static_cast<Sums*>(scratch) + first_task;
-                        const char* error = with_kernel(dtype, is_regular(part, kReads, dtype),
-                                                        LaunchSampleCompose{part, stream});
-                        if (error != nullptr) return error;
-                        const Statistics out{static_cast<float*>(forget) + first_member,
-                                             static_cast<float*>(sparse) + first_member,
-                                             static_cast<int64_t*>(counts) + 2 * first_member};
-                        return launch(statistics_kernel, {part.members, 32}, stream, part, out);
-                      });
+  const auto launch_part = [&](Group part, int64_t first_member, int64_t first_task) {
+    part.partials = static_cast<Sums*>(scratch) + first_task;
+    const char* error =
+        with_kernel(dtype, is_regular(part, kReads, dtype), LaunchSampleCompose{part, stream});
+    if (error != nullptr) return error;
+    const Statistics out{static_cast<float*>(forget) + first_member,
+                         static_cast<float*>(sparse) + first_member,
+                         static_cast<int64_t*>(counts) + 2 * first_member};
+    return launch(statistics_kernel, {part.members, 32}, stream, part, out);
+  };
+  return launch_group(kComposeHeights, group, members, count, in_features, launch_part);
+}
+
+int64_t stamina_backward_scratch_bytes(const stamina_member* members, int64_t count,
+                                       int64_t in_features, const void* dy, const void* x,
+                                       int64_t dtype) {
+  if (!check_group(members, count, in_features, kBackwardReads)) return -1;
+  if (!serves_backward(members, count, in_features, dy, x, dtype)) return 0;
+  return backward_parts(members, count, in_features).floats() * 4;
+}
+
+int stamina_backward(const stamina_member* members, int64_t count, int64_t in_features,
+                     const void* dy, const void* x, int64_t tokens, const void* scale,
+                     const void* tau, const void* seed, const void* step, const void* g_forget,
+                     const void* g_sparse, int64_t hard, int64_t relu, int64_t dtype,
+                     const void* bits, void* gradients, void* scratch, int64_t scratch_bytes,
+                     void* stream) {
+  if (!check_group(members, count, in_features, kBackwardReads) ||
+      !Checks()
+           .optional_pointer("dy", dy, kVectorBytes)
+           .optional_pointer("x", x, kVectorBytes)
+           .size("tokens", tokens, 0, kLargestInt32 - kStepTokens)
+           .require("dy", tokens <= 0 || dy != nullptr, "must not be null")
+           .require("x", tokens <= 0 || x != nullptr, "must not be null")
+           .pointer("scale", scale, 4)
+           .pointer("tau", tau, 4)
+           .pointer("seed", seed, 8)
+           .pointer("step", step, 8)
+           .pointer("g_forget", g_forget, 4)
+           .pointer("g_sparse", g_sparse, 4)
+           .dtype("dtype", dtype)
+           .pointer("bits", bits, 4)
+           .pointer("gradients", gradients, 4)
+           .pointer("scratch", scratch, kVectorBytes)
+           .require("members", serves_backward(members, count, in_features, dy, x, dtype),
+                    "must be a group that stamina_backward serves")
+           .size("scratch_bytes", scratch_bytes,
+                 backward_parts(members, count, in_features).floats() * 4, INT64_MAX)
+           .ok()) {
+    return STAMINA_INVALID_ARGUMENT;
+  }
+  Backward all{};
+  all.group.hard = hard != 0;
+  all.group.relu = relu != 0;
+  all.group.seed = static_cast<const int64_t*>(seed);
+  all.group.step = static_cast<const int64_t*>(step);
+  all.group.scale = static_cast<const float*>(scale);
+  all.group.bits = const_cast<uint32_t*>(static_cast<const uint32_t*>(bits));
+  all.dy = dy;
+  all.x = x;
+  all.tokens = static_cast<int32_t>(tokens);
+  all.tau = static_cast<const float*>(tau);
+  all.gradients = static_cast<float*>(gradients);
+  const BackwardParts parts = backward_parts(members, count, in_features);
+  all.outputs = parts.outputs;
+  all.members = static_cast<int32_t>(count);
+  all.left = static_cast<float*>(scratch);
+  const auto launch_part = [&](const Group& part, int64_t first_member, int64_t) {
+    Backward launch = all;
+    launch.group = part;
+    launch.first_member = static_cast<int32_t>(first_member);
+    launch.g_forget = static_cast<const float*>(g_forget) + first_member;
+    launch.g_sparse = static_cast<const float*>(g_sparse) + first_member;
+    launch.right = all.left + parts.left() + first_member * kPartRanks * in_features;
+    launch.bias = all.left + parts.left() + parts.right() + first_member;
+    return launch_backward(launch, dtype, stream);
+  };
+  return launch_group(kBackwardHeights, all.group, members, count, in_features, launch_part);
 }
 
 int64_t stamina_fold_scratch_bytes(int64_t layers, const stamina_adapter* adapters,

@@ -20,29 +20,47 @@ __device__ inline float uniform_of(uint32_t word) {
   return bits_float(shift_right(0x3F800000u >> 23, word, 9)) - 0x1.FFFFFEp-1f;
 }
 
-// The random stream of a lane's eight neighbouring columns.
-class Uniforms {
+// The random stream of a member.
+class RandomStream {
  public:
   // The key is of all lanes, which a broadcast tells the compiler: then the ten round keys are
   // computed once for the warp.
-  __device__ Uniforms(const Group& group, const Member& member, const Position& at)
+  __device__ RandomStream(const Group& group, const Member& member)
       : key_{broadcast(static_cast<uint32_t>(*group.seed)),
              broadcast(static_cast<uint32_t>(*group.seed >> 32))},
         step_(static_cast<uint32_t>(*group.step)),
         layer_(member.layer_id),
-        row0_(member.row0),
+        row0_(member.row0) {}
+
+  // The four words of columns 4 block .. 4 block + 3 of the whole matrix in a row of the member.
+  __device__ void words(int member_row, uint32_t block, uint32_t* to) const {
+    uint32_t counter[4] = {block, row0_ + static_cast<uint32_t>(member_row), step_, layer_};
+    philox4x32(counter, key_);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) to[k] = counter[k];
+  }
+
+ private:
+  PhiloxKey key_;
+  uint32_t step_, layer_, row0_;
+};
+
+// The uniform numbers of a lane's eight neighbouring columns.
+class Uniforms {
+ public:
+  __device__ Uniforms(const Group& group, const Member& member, const Position& at)
+      : stream_(group, member),
         first_block_(static_cast<uint32_t>((member.col0 + at.column) >> 2)),
         offset_(at.extent.whole ? 0 : static_cast<int>((member.col0 + at.column) & 3)) {}
 
   // Those of a row of the member.
   __device__ void draw(int member_row, float (&u)[kLaneColumns]) const {
-    const uint32_t row = row0_ + static_cast<uint32_t>(member_row);
     // shards may begin anywhere: then the lane needs words of a third block
     uint32_t words[12];
-    philox(row, 0, words);
-    philox(row, 1, words + 4);
+    stream_.words(member_row, first_block_, words);
+    stream_.words(member_row, first_block_ + 1, words + 4);
     if (offset_ != 0) {
-      philox(row, 2, words + 8);
+      stream_.words(member_row, first_block_ + 2, words + 8);
       shift<1>(words);
       shift<2>(words);
     }
@@ -51,13 +69,6 @@ class Uniforms {
   }
 
  private:
-  __device__ void philox(uint32_t row, uint32_t block, uint32_t* words) const {
-    uint32_t counter[4] = {first_block_ + block, row, step_, layer_};
-    philox4x32(counter, key_);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) words[k] = counter[k];
-  }
-
   template <int kBy>
   __device__ void shift(uint32_t (&words)[12]) const {
     if ((offset_ & kBy) == 0) return;
@@ -65,8 +76,8 @@ class Uniforms {
     for (int k = 0; k + kBy < 12; ++k) words[k] = words[k + kBy];
   }
 
-  PhiloxKey key_;
-  uint32_t step_, layer_, row0_, first_block_;
+  RandomStream stream_;
+  uint32_t first_block_;
   int offset_;
 };
 

@@ -18,16 +18,52 @@
 
 namespace stamina::cuda {
 
-// e^x through ex2.approx: relative error below 2^-22 + |x| 2^-24.
-__device__ inline float exp_approx(float x) {
+// Of the GPU that the code is compiled for, in device code.
+#ifdef __CUDA_ARCH__
+constexpr int kComputeMajor = __CUDA_ARCH__ / 100;
+#else
+constexpr int kComputeMajor = 0;
+#endif
+
+// Tasks that give every multiprocessor some to do, on the largest GPU there is.
+constexpr int64_t kEnoughTasks = 512;
+
+// Of the GPU that launches go to; 0 where there is none.
+inline int compute_major() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major;
+}
+
+// threadIdx.x, which the compiler does not know to be what it was: what is computed from it is
+// computed anew, instead of being kept in registers through a loop that needs them all.
+__device__ inline int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  __builtin_assume(thread >= 0 && thread < 1024);
+  return thread;
+}
+
+// 2^x, relative error below 2^-22.
+__device__ inline float exp2_approx(float x) {
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+// e^x, relative error below 2^-22 + |x| 2^-24.
+__device__ inline float exp_approx(float x) { return exp2_approx(x * 1.44269504f); }
 
 __device__ inline float reciprocal_approx(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// log2(x), absolute error 2^-22 near 1.
+__device__ inline float log2_approx(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
@@ -81,6 +117,22 @@ __device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same, bf16.
+__device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// An 8 x 8 matrix of 16-bit words in the warp, of which lane l holds two neighbours of row l / 4,
+// transposed.
+__device__ inline uint32_t transpose_matrix(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -94,12 +146,25 @@ __device__ inline void load_matrices(uint32_t (&a)[4], const uint16_t* shared) {
                : "memory");
 }
 
+// The same with each part transposed.
+__device__ inline void load_matrices_transposed(uint32_t (&a)[4], const uint16_t* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+
 // Every warp of the block arrives, wherever it is in the code.
 __device__ inline void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 
 template <typename T>
 __device__ inline T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, lane_mask);
+}
+
+template <typename T>
+__device__ inline T shuffle(T value, int from_lane) {
+  return __shfl_sync(0xFFFFFFFFu, value, from_lane);
 }
 
 // Lane 0's value, which the compiler then knows to be the same in all lanes.
@@ -118,6 +183,12 @@ __device__ inline void prefetch_line(const void* global) {
 __device__ inline void copy_vector_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                "l"(global)
+               : "memory");
+}
+// 16 zeros where nothing is there to copy.
+__device__ inline void copy_vector_or_zeros_async(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(exists ? 16 : 0)
                : "memory");
 }
 __device__ inline void commit_async_copies() {

@@ -32,10 +32,10 @@ constexpr int kRightStride = kBlockColumns + 16 / static_cast<int>(sizeof(T));
 struct Lane {
   int warp, row, quad;
 
-  __device__ Lane()
-      : warp(static_cast<int>(threadIdx.x / 32)),
-        row(static_cast<int>(threadIdx.x % 32 / 4)),
-        quad(static_cast<int>(threadIdx.x % 4)) {}
+  __device__ explicit Lane(unsigned thread = threadIdx.x)
+      : warp(static_cast<int>(thread / 32)),
+        row(static_cast<int>(thread % 32 / 4)),
+        quad(static_cast<int>(thread % 4)) {}
 };
 
 // kRankStep of the rank of a product left right: kRows of left and kBlockColumns of right.

@@ -24,12 +24,13 @@ from stamina_kernels import cuda
 
 DTYPES = {None: "any", "0": "fp32", "1": "bf16", "2": "fp16"}
 # Static shared memory of a block, of which a multiprocessor has room for several. What a launch
-# adds is not in the code: 16 KiB for sample_compose.
+# adds is not in the code: 16 KiB for sample_compose, 108 KiB (sm_80: 96) for backward.
 BUDGET = Budget("cuda_budget.csv", {"80": 48 << 10, "90": 48 << 10})
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 MATRIX = re.compile(r"\bHMMA\b")
-# template arguments: the dtype of the results, whether launches are regular
-KERNEL = re.compile(r"\d([a-z_]+)_kernel(?:I(?:LNS0_5DTypeE(\d)E)?(Lb1)?)?")
+# template arguments: the dtype, then flags
+KERNEL = re.compile(r"\d([a-z_]+)_kernel(?:I(?:LNS0_5DTypeE(\d)E)?((?:Lb[01]E)*))?")
+FLAGS = {"backward": ("hard", "relu")}  # the others': whether launches are regular
 
 
 def find_tool(name: str) -> str | None:
@@ -53,8 +54,10 @@ def costs_of(cubin: Path) -> Iterator[Cost]:
     code = run_tool("nvdisasm", "-c", cubin.name, cwd=str(cubin.parent))
     sections = dict(re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", code, re.M | re.S))
     for function, numbers in re.findall(r"Function (\S+?):\s+(.*)", usage):
-        name, dtype, regular = KERNEL.search(function).groups()
-        name += "_regular" if regular else ""
+        name, dtype, flags = KERNEL.search(function).groups()
+        given = re.findall(r"Lb(\d)", flags or "")
+        named = zip(FLAGS.get(name, ("regular",)), given, strict=False)
+        name = "_".join([name, *(flag for flag, value in named if value == "1")])
         value = dict(re.findall(r"(REG|STACK|SHARED):(\d+)", numbers))
         body = sections[function]
         yield Cost(

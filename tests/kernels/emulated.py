@@ -28,14 +28,16 @@ CHECKED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 @cache
-def library() -> Any:
+def library(major: int = 9, enough_tasks: int = 512) -> Any:
+    """As a GPU of this compute capability runs it; groups of fewer tasks are cut into more."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     target = Path(mkdtemp(prefix="stamina-emulated-")) / "_cuda.so"
     subprocess.run(
         [compiler, "-x", "c++", *FLAGS, *TOLERATED, *CHECKED, "-fPIC", "-shared",
-         "-fvisibility=hidden", "-I", str(ROOT / "tests/kernels/cuda"),
+         f"-DEMULATED_MAJOR={major}", f"-DENOUGH_TASKS={enough_tasks}", "-fvisibility=hidden",
+         "-I", str(ROOT / "tests/kernels/cuda"),
          str(ROOT / "csrc/cuda/library.cu"),
          "-o", str(target)],
         check=True,
@@ -44,10 +46,10 @@ def library() -> Any:
 
 
 @contextmanager
-def emulated() -> Iterator[None]:
+def emulated(*variant: int) -> Iterator[None]:
     """Backend `cuda` serves CPU tensors inside the block."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(cuda, "_library", library)
+    patch.setattr(cuda, "_library", lambda: library(*variant))
     patch.setattr(cuda, "unavailable_reason", lambda: None)
     patch.setitem(dispatch._DEVICES, "cuda", ("cuda", "cpu"))
     dispatch._unavailable_reason.cache_clear()

@@ -30,6 +30,13 @@ ARGUMENTS = {
         "bits": ADDRESS, "forget": ADDRESS, "sparse": ADDRESS, "counts": ADDRESS,
         "scratch": ADDRESS, "scratch_bytes": 1 << 20, **STREAM,
     },
+    "backward": {
+        **GROUP, "members": [MEMBER | {"out_features": 8, "row0": 0}] * 2, "dy": ADDRESS,
+        "x": ADDRESS, "tokens": 5, "scale": ADDRESS, "tau": ADDRESS, "seed": ADDRESS,
+        "step": ADDRESS, "g_forget": ADDRESS, "g_sparse": ADDRESS, "hard": 0, "relu": 0, "dtype": 2,
+        "bits": ADDRESS, "gradients": ADDRESS, "scratch": ADDRESS, "scratch_bytes": 1 << 20,
+        **STREAM,
+    },
     "fold": {
         "layers": [
             {"weight": ADDRESS, "weight_init": ADDRESS, "out_features": 6, "in_features": 40,
@@ -63,6 +70,7 @@ WRONG_NUMBERS = {
     "row0": (-1, (1 << 32) - 5),
     "col0": (-1, (1 << 34) - 39),
     "scratch_bytes": (0, -1, 15),
+    "tokens": (-1, BEYOND_INT32 - 1),
     "layer_count": (0, -1),
     "adapter_count": (0, 1, 3),
     "adapters": (0, -1, 3),
@@ -126,7 +134,35 @@ def test_every_wrong_argument_is_an_exception_that_names_it(library):
         named = name if field is None else f"{name}[{last}].{field}"
         assert named in str(error.value), (operation, name, field, wrong)
         checked += 1
-    assert checked > 90
+    assert checked > 150
+
+
+NOT_SERVED = {
+    "members": [{"rank": 17}, {"mask_rank": 17}, {"rank": 3}, {"out_features": 12}, {"col0": 2},
+                {"weight": ADDRESS + 2}, {"weight_init": ADDRESS + 2}, {"dtype": 1}],
+    "dtype": [0, 1],
+    "in_features": [44],
+}  # fmt: skip
+
+
+def test_the_backward_refuses_what_it_does_not_serve(library):
+    fields = ("members", "count", "in_features", "dy", "x", "dtype")
+    for name, values in NOT_SERVED.items():
+        for value in values:
+            arguments = dict(ARGUMENTS["backward"])
+            if name == "members":
+                first, last = arguments["members"]
+                value = [first, last | value]
+            arguments[name] = value
+            size = {field: arguments[field] for field in fields}
+            assert call(library, "backward_scratch_bytes", size) == 0, (name, value)
+            with pytest.raises(ValueError, match="members must be a group that stamina_backward"):
+                cuda_interface.check(library, call(library, "backward", arguments))
+    size = {field: ARGUMENTS["backward"][field] for field in fields}
+    assert call(library, "backward_scratch_bytes", size) > 0
+    for misaligned in ("dy", "x"):
+        assert call(library, "backward_scratch_bytes", size | {misaligned: ADDRESS + 2}) == 0
+    assert call(library, "backward_scratch_bytes", size | {"in_features": 0}) == -1
 
 
 def test_more_tasks_than_a_grid_has_are_refused(library):

@@ -51,9 +51,9 @@ constexpr size_t kStackBytes = 128 << 10;
 
 struct AsyncCopy {
   void* to;
-  const void* from;
+  const void* from;  // null: zeros
   size_t bytes;
-  void make() const { std::memcpy(to, from, bytes); }
+  void make() const { from ? std::memcpy(to, from, bytes) : std::memset(to, 0, bytes); }
 };
 
 struct Fiber {
@@ -182,8 +182,17 @@ namespace stamina::cuda {
 
 namespace host = ::stamina::emulation;
 
+constexpr int kComputeMajor = EMULATED_MAJOR;
+constexpr int64_t kEnoughTasks = ENOUGH_TASKS;
+inline int compute_major() { return kComputeMajor; }
+
+inline int thread_again() { return static_cast<int>(threadIdx.x); }
+
+inline float exp2_approx(float x) { return std::exp2(x); }
 inline float exp_approx(float x) { return std::exp(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
+
+inline float log2_approx(float x) { return std::log2(x); }
 
 inline float max_or_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b);
@@ -234,14 +243,34 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       [](const uint32_t* w, int k) { return tf32_to_float(w[k / 4]); });
 }
 
-inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto half = [](uint32_t word, int k) {
-    return half_to_float(static_cast<uint16_t>(word >> (16 * (k % 2))));
+// Of words of 16 bits, two of neighbouring k in a register.
+template <typename ToFloat>
+void mma_pairs(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+               const ToFloat& to_float) {
+  const auto value = [&](uint32_t word, int k) {
+    return to_float(static_cast<uint16_t>(word >> (16 * (k % 2))));
   };
   mma(
       d, a, b, 16, [](int k) { return k % 8 / 2; },
-      [&](const uint32_t* w, int below, int k) { return half(w[2 * (k / 8) + below], k); },
-      [&](const uint32_t* w, int k) { return half(w[k / 8], k); });
+      [&](const uint32_t* w, int below, int k) { return value(w[2 * (k / 8) + below], k); },
+      [&](const uint32_t* w, int k) { return value(w[k / 8], k); });
+}
+inline void mma_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_pairs(d, a, b, half_to_float);
+}
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma_pairs(d, a, b, bf16_to_float);
+}
+
+inline uint32_t transpose_matrix(uint32_t pair) {
+  host::exchange(&pair, 1, [&](const host::WarpWords& warp) {
+    const int row = host::current % 32 / 4, column = 2 * (host::current % 4);
+    const auto word = [&](int k) {  // element `row` of row k
+      return warp.words[4 * k + row / 2][0] >> (16 * (row % 2)) & 0xFFFF;
+    };
+    pair = word(column) | word(column + 1) << 16;
+  });
+  return pair;
 }
 
 // Matrix m of the four has the rows whose addresses lanes 8m .. 8m + 7 give.
@@ -258,6 +287,10 @@ inline void load_matrices(uint32_t (&a)[4], const uint16_t* shared) {
     }
   });
 }
+inline void load_matrices_transposed(uint32_t (&a)[4], const uint16_t* shared) {
+  load_matrices(a, shared);
+  for (uint32_t& matrix : a) matrix = transpose_matrix(matrix);
+}
 
 inline void block_barrier() { host::meet(host::block_meeting, static_cast<int>(blockDim.x)); }
 
@@ -271,10 +304,11 @@ T shuffle_xor(T value, int lane_mask) {
   return value;
 }
 
-inline uint32_t broadcast(uint32_t value) {
-  host::exchange(&value, 1, [&](const host::WarpWords& warp) { value = warp.words[0][0]; });
+inline uint32_t shuffle(uint32_t value, int from_lane) {
+  host::exchange(&value, 1, [&](const host::WarpWords& warp) { value = warp.words[from_lane][0]; });
   return value;
 }
+inline uint32_t broadcast(uint32_t value) { return shuffle(value, 0); }
 
 inline uint32_t shift_right(uint32_t high, uint32_t low, int by) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> by);
@@ -288,6 +322,11 @@ inline void prefetch_line(const void* global) {
 inline void copy_vector_async(void* shared, const void* global) {
   host::require(host::is_multiple(shared, 16) && host::is_multiple(global, 16));
   host::fibers[host::current]->groups.back().push_back({shared, global, 16});
+}
+inline void copy_vector_or_zeros_async(void* shared, const void* global, bool exists) {
+  if (exists) return copy_vector_async(shared, global);
+  host::require(host::is_multiple(shared, 16));
+  host::fibers[host::current]->groups.back().push_back({shared, nullptr, 16});
 }
 inline void commit_async_copies() { host::fibers[host::current]->groups.emplace_back(); }
 template <int kPending>
