@@ -68,8 +68,7 @@ inline const char* launch_backward(const Backward& launch_of, int64_t dtype, voi
   if (error != nullptr) return error;
   int64_t most = 0;
   for (int k = 0; k < group.members; ++k) {
-    const Member& m = group.member[k];
-    most = std::max(most, (m.rank + m.mask_rank) * (m.rows + group.in_features) + 1);
+    most = std::max(most, gradient_numbers(group.member[k], group.in_features));
   }
   return launch(gradients_kernel,
                 {ceil_div(most, kBackwardThreads), kBackwardThreads, 0, group.members}, stream,

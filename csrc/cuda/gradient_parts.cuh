@@ -26,7 +26,21 @@ struct Backward {
 };
 static_assert(sizeof(Backward) <= 4096, "kernel parameters");
 
-// Adds the parts of a member's gradients in order, one number a thread. Grid: numbers x members.
+// What a thread of gradients_kernel adds. A member's numbers: 32 for db, which a warp adds; then dA
+// with kRankStep to a row, dB, dU likewise, dV.
+STAMINA_HOST_DEVICE inline int64_t gradient_numbers(const Member& member, int64_t features) {
+  return 32 + 2 * kRankStep * member.rows + (member.rank + member.mask_rank) * features;
+}
+
+// Adds `parts` parts that are `step` apart, in order.
+__device__ inline float sum_of_parts(const float* part, int64_t step, int parts) {
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int k = 0; k < parts; ++k) sum += part[k * step];
+  return sum;
+}
+
+// Adds the parts of a member's gradients, one number a thread. Grid: numbers x members.
 __global__ void __launch_bounds__(kBackwardThreads)
     gradients_kernel(const __grid_constant__ Backward launch) {
   const Group& group = launch.group;
@@ -34,39 +48,47 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const int64_t features = group.in_features, rows = member.rows;
   const int ranks[2] = {member.rank, member.mask_rank};
   const int row_tasks = (member.rows + group.task_rows - 1) / group.task_rows;
-  const auto sum_of = [](const float* part, int64_t step, int parts) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int k = 0; k < parts; ++k) sum += part[k * step];
-    return sum;
-  };
-  const int64_t number = static_cast<int64_t>(blockIdx.x) * kBackwardThreads + threadIdx.x;
   float* to = launch.gradients + (ranks[0] + ranks[1]) * member.first_row +
-              (launch.first_member + blockIdx.y) * ((ranks[0] + ranks[1]) * features + 1) + number;
-  int64_t e = number;
+              (launch.first_member + blockIdx.y) * ((ranks[0] + ranks[1]) * features + 1);
+  int64_t e = static_cast<int64_t>(blockIdx.x) * kBackwardThreads + threadIdx.x;
+  if (e < 32) {
+    const int tasks = row_tasks * group.column_tasks, lane = static_cast<int>(e);
+    const int mine = tasks > lane ? (tasks - lane + 31) / 32 : 0;
+    float sum = sum_of_parts(launch.bias + static_cast<int64_t>(lane) * launch.members + blockIdx.y,
+                             32 * launch.members, mine);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) sum += shuffle_xor(sum, distance);
+    if (lane == 0) to[(ranks[0] + ranks[1]) * (rows + features)] = sum;
+    return;
+  }
+  e -= 32;
 #pragma unroll
   for (int matrix = 0; matrix < 2; ++matrix) {
-    const int rank = ranks[matrix];
     // the parts of dB have s already, those of dV the unit of the logits
     const float left_factor = matrix == 0 ? *group.scale : 1.0f;
     const float right_factor = matrix == 0 ? 1.0f : -kLn2;
-    if (e < rows * rank) {
-      const int64_t row = member.first_row + e / rank;
-      const float* left = launch.left + row * kPartRanks + matrix * kRankStep + e % rank;
-      *to = left_factor * sum_of(left, launch.outputs * kPartRanks, group.column_tasks);
+    const int rank = ranks[matrix];
+    if (e < rows * kRankStep) {
+      const int64_t row = e / kRankStep;
+      const int k = static_cast<int>(e % kRankStep);
+      if (k >= rank) return;
+      const float* left =
+          launch.left + (member.first_row + row) * kPartRanks + matrix * kRankStep + k;
+      to[row * rank + k] =
+          left_factor * sum_of_parts(left, launch.outputs * kPartRanks, group.column_tasks);
       return;
     }
-    e -= rows * rank;
+    e -= rows * kRankStep;
+    to += rows * rank;
     if (e < rank * features) {
       const float* right =
           launch.right + (blockIdx.y * kPartRanks + matrix * kRankStep) * features + e;
-      *to = right_factor * sum_of(right, launch.members * kPartRanks * features, row_tasks);
+      to[e] = right_factor * sum_of_parts(right, launch.members * kPartRanks * features, row_tasks);
       return;
     }
     e -= rank * features;
+    to += rank * features;
   }
-  if (e == 0)
-    *to = sum_of(launch.bias + blockIdx.y, launch.members, row_tasks * group.column_tasks);
 }
 
 }  // namespace stamina::cuda
