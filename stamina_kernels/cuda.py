@@ -6,7 +6,8 @@ first use through its C interface (`csrc/cuda/interface.h`), needs no driver to 
 on torch's current stream. sample, compose, masked_linear's W_eff with its bits and statistics, the
 factors' gradients and fold_ are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are
 the vendor's. Backend `triton` serves the MLPs of the masks' factors, and the gradients of groups
-that are not of one 16-bit type with equal ranks of at most 16 and sizes divisible by 8.
+that are not of one 16-bit type at 16-byte addresses with equal ranks of at most 16, sizes divisible
+by 8 and shards that begin at a column divisible by 4.
 """
 
 import logging
@@ -253,12 +254,14 @@ def _contraction() -> Any:
     reason = triton.unavailable_reason()
     if reason is not None:
         raise RuntimeError(
-            f"backend 'cuda' takes masked_linear_backward from backend 'triton', which cannot run: "
+            "backend 'cuda' takes masked_linear_backward of this group from backend 'triton' (its "
+            "own is for one 16-bit type and ranks of at most 16), which cannot run: "
             f"{reason}; backend 'reference' needs neither"
         )
     _log.info(
         "stamina::masked_linear_backward of backend 'cuda' runs the kernel of 'triton' for groups "
-        "that are not of one 16-bit type with equal ranks of at most 16 and sizes divisible by 8"
+        "that are not of one 16-bit type at 16-byte addresses with equal ranks of at most 16, "
+        "sizes divisible by 8 and shards that begin at a column divisible by 4"
     )
     return triton.masked_linear_backward
 
@@ -296,9 +299,7 @@ def masked_linear_backward(
     coordinates = list(zip(layer_id, row0, col0, strict=True))
     group = _Group(device, *factors, weight, weight_init, coordinates)
     library, dtype = _library(), _DTYPES[x.dtype]
-    size = library.stamina_backward_scratch_bytes(
-        *group.head, dy.data_ptr(), x.data_ptr(), dtype
-    )
+    size = library.stamina_backward_scratch_bytes(*group.head, dy.data_ptr(), x.data_ptr(), dtype)
     empty = x.new_empty(0)
     if size == 0:
         _, gradients = _contraction()(

@@ -39,9 +39,10 @@ __device__ inline int left_pair(int row, int pair) {
   return row * kPartRanks + 2 * (pair ^ (row % 4 * 4));
 }
 
-// Starts to copy the warp's W and W_init.
+// Starts to copy the warp's W and W_init, of which nothing is read where there is no W_init.
 __device__ inline void request_weights(WarpWeights& to, const Member& member, const Task& task,
                                        int64_t features, int tile_row, const Place& at) {
+  if (member.initial == nullptr) return;
   const int column = at.column + 8 * at.lane.quad;
 #pragma unroll
   for (int part = 0; part < kWarpRows / 8; ++part) {
@@ -52,7 +53,6 @@ __device__ inline void request_weights(WarpWeights& to, const Member& member, co
     const int index = swizzled<kWarpColumns>(row % 16, at.lane.quad);
     copy_vector_or_zeros_async(place[0] + index, static_cast<const uint16_t*>(member.weight) + from,
                                exists);
-    if (member.initial == nullptr) continue;
     copy_vector_or_zeros_async(place[1] + index,
                                static_cast<const uint16_t*>(member.initial) + from, exists);
   }

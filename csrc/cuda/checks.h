@@ -30,7 +30,7 @@ class Checks {
   }
   Checks& optional_pointer(const char* name, const void* p, int64_t alignment) {
     if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(alignment) == 0) return *this;
-    return fail(name, "must be aligned to its %lld-byte elements", alignment);
+    return fail(name, "must be aligned to %lld bytes", alignment);
   }
   Checks& size(const char* name, int64_t n, int64_t least, int64_t most = kLargestInt32) {
     if (n < least) return fail(name, "must be at least %lld", least);

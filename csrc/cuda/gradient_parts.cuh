@@ -29,7 +29,7 @@ static_assert(sizeof(Backward) <= 4096, "kernel parameters");
 // What a thread of gradients_kernel adds. A member's numbers: 32 for db, which a warp adds; then dA
 // with kRankStep to a row, dB, dU likewise, dV.
 STAMINA_HOST_DEVICE inline int64_t gradient_numbers(const Member& member, int64_t features) {
-  return 32 + 2 * kRankStep * member.rows + (member.rank + member.mask_rank) * features;
+  return 32 + int64_t{2} * kRankStep * member.rows + (member.rank + member.mask_rank) * features;
 }
 
 // Adds `parts` parts that are `step` apart, in order.

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradients of 16 x 16 weights, as backward.cuh defines them, and their contractions.
+// The gradients of 16 x 16 weights, as backward.cuh defines them, and their contractions. No bit is
+// decided here: L has 16 bits of the factors, which is enough for slopes. (That of relu is off
+// where |L| is below 2^-16 of the terms of its sum.)
 #pragma once
 
 #include "gradient_parts.cuh"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A group of projections in a launch of the compose kernels, and the task of a block in it.
+// A group of projections in a launch, and the task of a block in it.
 #pragma once
 
 #include "statistics.cuh"

@@ -154,7 +154,10 @@ int stamina_sample_compose(const stamina_member* members, int64_t count, int64_t
 int64_t stamina_backward_scratch_bytes(const stamina_member* members, int64_t count,
                                        int64_t in_features, const void* dy, const void* x,
                                        int64_t dtype) {
-  if (!check_group(members, count, in_features, kBackwardReads)) return -1;
+  if (!check_group(members, count, in_features, kBackwardReads) ||
+      !Checks().dtype("dtype", dtype).ok()) {
+    return -1;
+  }
   if (!serves_backward(members, count, in_features, dy, x, dtype)) return 0;
   return backward_parts(members, count, in_features).floats() * 4;
 }

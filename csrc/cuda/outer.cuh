@@ -15,7 +15,8 @@ constexpr int kStepTokens = 32;
 
 // Of shared memory, for a compute capability's major number: two blocks of a multiprocessor of 9.0
 // have room for three stages each; the other GPUs get the smallest number, of which a block fits
-// into the 99 KiB that the least of them has.
+// into the 99 KiB that the least of them has. The host asks the GPU, the code knows what it was
+// compiled for: PTX of 9.0, which other GPUs would compile, would set them at odds.
 constexpr int token_stages(int major) { return major == 9 ? 3 : 2; }
 constexpr int kTokenStages = token_stages(kComputeMajor);
 

@@ -28,17 +28,18 @@ CHECKED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 
 @cache
-def library(major: int = 9, enough_tasks: int = 512) -> Any:
-    """As a GPU of this compute capability runs it; groups of fewer tasks are cut into more."""
+def library(major: int = 9, enough_tasks: int = 512, reverse: int = 0) -> Any:
+    """As a GPU of this compute capability runs it; groups of fewer tasks are cut into more; warps
+    and blocks in ascending order, or the reverse."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     target = Path(mkdtemp(prefix="stamina-emulated-")) / "_cuda.so"
     subprocess.run(
         [compiler, "-x", "c++", *FLAGS, *TOLERATED, *CHECKED, "-fPIC", "-shared",
-         f"-DEMULATED_MAJOR={major}", f"-DENOUGH_TASKS={enough_tasks}", "-fvisibility=hidden",
-         "-I", str(ROOT / "tests/kernels/cuda"),
-         str(ROOT / "csrc/cuda/library.cu"),
+         f"-DEMULATED_MAJOR={major}", f"-DENOUGH_TASKS={enough_tasks}", f"-DREVERSED={reverse}",
+         "-fvisibility=hidden",
+         "-I", str(ROOT / "tests/kernels/cuda"), str(ROOT / "csrc/cuda/library.cu"),
          "-o", str(target)],
         check=True,
     )  # fmt: skip

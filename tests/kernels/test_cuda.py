@@ -233,7 +233,7 @@ def test_commit_equals_the_reference(cuda_device):
 
 
 def test_gradients_and_dx_with_the_bits_of_the_forward(cuda_device):
-    """The contraction is backend `triton`'s."""
+    """In fp32 the contraction is backend `triton`'s."""
     pytest.importorskip("triton")
     problem = make_problem([20], 40, (5,))
     *_, gradients, bits = run(on_device(problem, cuda_device), "cuda")
@@ -247,7 +247,7 @@ def test_without_triton_the_backward_says_so(cuda_device, monkeypatch):
     monkeypatch.setattr("stamina_kernels.triton.unavailable_reason", lambda: "no Triton")
     monkeypatch.setattr(cuda, "_contraction", cuda._contraction.__wrapped__)
     problem = on_device(make_problem([4], 8, (2,)), cuda_device)
-    with pytest.raises(RuntimeError, match="masked_linear_backward from backend 'triton'.*no Trit"):
+    with pytest.raises(RuntimeError, match="of this group from backend 'triton'.*no Trit"):
         run(problem, "cuda")
 
 

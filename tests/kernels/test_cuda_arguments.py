@@ -138,8 +138,9 @@ def test_every_wrong_argument_is_an_exception_that_names_it(library):
 
 
 NOT_SERVED = {
-    "members": [{"rank": 17}, {"mask_rank": 17}, {"rank": 3}, {"out_features": 12}, {"col0": 2},
-                {"weight": ADDRESS + 2}, {"weight_init": ADDRESS + 2}, {"dtype": 1}],
+    "members": [{"rank": 17}, {"mask_rank": 17}, {"rank": 3}, {"mask_rank": 4}, {"col0": 2},
+                {"out_features": 12}, {"weight": ADDRESS + 2}, {"weight_init": ADDRESS + 2},
+                {"dtype": 1}],
     "dtype": [0, 1],
     "in_features": [44],
 }  # fmt: skip
@@ -162,7 +163,12 @@ def test_the_backward_refuses_what_it_does_not_serve(library):
     assert call(library, "backward_scratch_bytes", size) > 0
     for misaligned in ("dy", "x"):
         assert call(library, "backward_scratch_bytes", size | {misaligned: ADDRESS + 2}) == 0
-    assert call(library, "backward_scratch_bytes", size | {"in_features": 0}) == -1
+    for wrong in ({"in_features": 0}, {"dtype": 3}):
+        assert call(library, "backward_scratch_bytes", size | wrong) == -1
+    for name in ("dy", "x", "scratch"):
+        with pytest.raises(ValueError, match=f"{name} must be aligned to 16 bytes"):
+            arguments = ARGUMENTS["backward"] | {name: ADDRESS + 8}
+            cuda_interface.check(library, call(library, "backward", arguments))
 
 
 def test_more_tasks_than_a_grid_has_are_refused(library):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backend `cuda`: the factors' gradients by its own kernel, emulated on the CPU and on a GPU.
 
-Emulated twice: as a GPU of compute capability 9.0 runs it, in strips of one tile as small groups
-are, and as the others do, whose blocks have less shared memory, in strips of up to four.
+Emulated twice: as a GPU of compute capability 9.0 runs it, and as the others do, whose blocks have
+less shared memory, with warps and blocks in the reverse order. Strips are of up to four tiles,
+which on a GPU takes groups of 512 tasks.
 """
 
 from dataclasses import replace
@@ -22,7 +23,7 @@ RANKS = {"rank": 16, "mask_rank": 16}
 PRODUCT_EPS = 2.0**-16
 
 
-@pytest.fixture(params=[(9,), (8, 2), pytest.param("gpu", marks=pytest.mark.gpu)], ids=str)
+@pytest.fixture(params=[(9, 2), (8, 2, 1), pytest.param("gpu", marks=pytest.mark.gpu)], ids=str)
 def own_kernel(request, monkeypatch):
     """Where the kernel runs; another backend's must not be asked."""
 
@@ -101,11 +102,33 @@ def test_shards(own_kernel):
 
 
 def test_more_members_than_a_launch_holds(own_kernel):
-    hold_gradients(make_problem([8] * 38, 16, (2,), dtype=torch.bfloat16, **RANKS), own_kernel)
+    problem = make_problem([8] * 38, 16, (2,), dtype=torch.bfloat16, **RANKS)
+    # so large that the forget term is most of every gradient
+    hold_gradients(replace(problem, g_forget=1e4 * problem.g_forget), own_kernel)
+
+
+def test_more_tasks_than_a_warp_has_lanes(own_kernel):
+    hold_gradients(make_problem([8], 33 * 128 + 8, (2,), dtype=torch.bfloat16, **RANKS), own_kernel)
+
+
+def test_factors_at_odd_addresses_give_the_same_bits(own_kernel):
+    problem = on_device(make_problem([40], 136, (9,), dtype=torch.bfloat16, **RANKS), own_kernel)
+    p = problem.group[0]
+    moved = p._replace(**{f: shifted(getattr(p, f)) for f in "ABUV"})
+    results = []
+    for member in (p, moved):
+        lists = [[getattr(member, f)] for f in ("weight", *"ABUVb", "weight_init")]
+        bits = torch.full((40, 5), 0x5A5A5A5A, dtype=torch.int32, device=own_kernel)
+        arguments = (bits, *problem.scalars().values(), problem.g_forget, problem.g_sparse)
+        results.append(
+            cuda.masked_linear_backward(
+                problem.dy, problem.x, *lists, *arguments, [1], [0], [0], False, "sigmoid", False
+            )[1]
+        )
+    assert torch.equal(*results)
 
 
 def test_strips_of_several_tiles(own_kernel):
-    """On a GPU only groups of 512 tasks have any."""
     rows, columns = ([136, 328], 136) if own_kernel == "cpu" else ([136] * 512, 8)
     problem = make_problem(rows, columns, (40,), dtype=torch.bfloat16, **RANKS)
     hold_gradients(problem, own_kernel)
@@ -124,6 +147,10 @@ def test_logits_far_from_zero(own_kernel, hard):
         for gradient in (dU, dV, db):
             # one rounding of z, 2^-24, for 64 columns of |s G P V| < 10
             assert gradient.abs().max() <= 64 * 10 * 2.0**-24, logit
+    p = problem.group[0]._replace(U=torch.zeros(8, 16), b=torch.tensor(0.0))
+    zero = replace(problem, group=[p], dy=0 * problem.dy, g_forget=0 * problem.g_forget)
+    *_, gradients, _ = run(on_device(zero, own_kernel), "cuda", hard=hard, sparse_kind="relu")
+    assert gradients[5] == 0, "relu has no slope at zero"
     p = problem.group[0]._replace(b=torch.tensor(float("nan")))
     *_, gradients, _ = run(on_device(replace(problem, group=[p]), own_kernel), "cuda", hard=hard)
     assert gradients[3].isnan().all() and gradients[5].isnan()
@@ -145,6 +172,7 @@ OTHERS = {
     "columns": {"in_features": 12},
     "col0": {},
     "unequal ranks": {},
+    "unequal mask ranks": {},
     "weight": {},
     "weight_init": {},
     "x": {},
@@ -161,6 +189,8 @@ def test_groups_that_are_tritons(thing, monkeypatch):
         second = second._replace(col0=2)
     elif thing == "unequal ranks":
         second = second._replace(A=second.A[:, :4].contiguous(), B=second.B[:4])
+    elif thing == "unequal mask ranks":
+        second = second._replace(U=second.U[:, :4].contiguous(), V=second.V[:4])
     elif thing in ("weight", "weight_init"):
         second = second._replace(**{thing: shifted(getattr(second, thing))})
     elif thing == "x":

@@ -2,9 +2,10 @@
 // The host twin of csrc/cuda/primitives.cuh: kernels run unchanged on a CPU, for tests only.
 //
 // Blocks run one after the other; the threads of a block are fibers that give way at barriers and
-// where a warp acts as one. Asynchronous copies are made as late as allowed, when they are waited
-// for, and shared memory is filled with NaN before every block, so that a missing wait or barrier
-// shows.
+// where a warp acts as one. A warp runs alone until it waits for the block, in ascending or, built
+// with REVERSED, descending order, as blocks do. Asynchronous copies are made as late as allowed,
+// when they are waited for, and what they will write holds NaN from the moment they are asked for,
+// as shared memory does before every block: a missing wait or barrier shows.
 #pragma once
 
 #include <setjmp.h>
@@ -59,7 +60,8 @@ struct AsyncCopy {
 struct Fiber {
   ucontext_t start;
   jmp_buf state;
-  bool started = false, done = false;
+  bool started = false, done = false, waits = false;  // waits: for the block, in this round
+  unsigned round = 0;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   std::vector<std::vector<AsyncCopy>> groups{1};  // the last one is open
 };
@@ -94,6 +96,18 @@ inline void meet(Meeting& meeting, int count) {
   while (meeting.rounds == round) give_way();
 }
 
+inline bool can_run(const Fiber& fiber) {
+  return !fiber.done && !(fiber.waits && fiber.round == block_meeting.rounds);
+}
+
+inline void meet_block(int count) {
+  Fiber& fiber = *fibers[current];
+  fiber.waits = true;
+  fiber.round = block_meeting.rounds;
+  meet(block_meeting, count);
+  fiber.waits = false;
+}
+
 inline void meet_warp() { meet(warp_meetings[current / kWarp], kWarp); }
 
 inline void enter_fiber() {
@@ -117,19 +131,25 @@ inline void resume(Fiber& fiber) {
 inline void run_block(int threads) {
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
   for (auto& fiber : fibers) {
-    fiber->started = fiber->done = false;
+    fiber->started = fiber->done = fiber->waits = false;
     fiber->groups.assign(1, {});
   }
   block_meeting = {};
   warp_meetings.assign(threads / kWarp, {});
   for (auto& [variable, bytes] : shared_variables) std::memset(variable, 0xFF, bytes);
-  for (int left = threads; left > 0;) {
-    for (current = 0; current < threads; ++current) {
-      Fiber& fiber = *fibers[current];
-      if (fiber.done) continue;
-      threadIdx.x = static_cast<unsigned>(current);
-      resume(fiber);
-      left -= fiber.done;
+  const int warps = threads / kWarp;
+  for (int left = threads, turn = 0; left > 0; turn = (turn + 1) % warps) {
+    const int first = kWarp * (REVERSED ? warps - 1 - turn : turn);
+    for (bool runs = true; runs;) {
+      runs = false;
+      for (current = first; current < first + kWarp; ++current) {
+        Fiber& fiber = *fibers[current];
+        if (!can_run(fiber)) continue;
+        runs = true;
+        threadIdx.x = static_cast<unsigned>(current);
+        resume(fiber);
+        left -= fiber.done;
+      }
     }
   }
 }
@@ -292,7 +312,7 @@ inline void load_matrices_transposed(uint32_t (&a)[4], const uint16_t* shared) {
   for (uint32_t& matrix : a) matrix = transpose_matrix(matrix);
 }
 
-inline void block_barrier() { host::meet(host::block_meeting, static_cast<int>(blockDim.x)); }
+inline void block_barrier() { host::meet_block(static_cast<int>(blockDim.x)); }
 
 template <typename T>
 T shuffle_xor(T value, int lane_mask) {
@@ -319,14 +339,13 @@ inline void prefetch_line(const void* global) {
   [[maybe_unused]] const volatile char first = *static_cast<const volatile char*>(global);
 }
 
-inline void copy_vector_async(void* shared, const void* global) {
-  host::require(host::is_multiple(shared, 16) && host::is_multiple(global, 16));
-  host::fibers[host::current]->groups.back().push_back({shared, global, 16});
-}
 inline void copy_vector_or_zeros_async(void* shared, const void* global, bool exists) {
-  if (exists) return copy_vector_async(shared, global);
-  host::require(host::is_multiple(shared, 16));
-  host::fibers[host::current]->groups.back().push_back({shared, nullptr, 16});
+  host::require(host::is_multiple(shared, 16) && (!exists || host::is_multiple(global, 16)));
+  std::memset(shared, 0xFF, 16);
+  host::fibers[host::current]->groups.back().push_back({shared, exists ? global : nullptr, 16});
+}
+inline void copy_vector_async(void* shared, const void* global) {
+  copy_vector_or_zeros_async(shared, global, true);
 }
 inline void commit_async_copies() { host::fibers[host::current]->groups.emplace_back(); }
 template <int kPending>
@@ -353,7 +372,11 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, void*, const Argume
   host::run_thread = [](void* p) { (*static_cast<decltype(call)*>(p))(); };
   host::dynamic_bytes = static_cast<size_t>(grid.dynamic_bytes);
   blockDim.x = static_cast<unsigned>(grid.threads);
-  for (int64_t block = 0; block < grid.blocks * grid.rows; ++block) {
+  host::require(grid.blocks > 0 && grid.blocks <= 0x7FFFFFFF && grid.rows > 0 &&
+                grid.rows <= 65535);
+  const int64_t blocks = grid.blocks * grid.rows;
+  for (int64_t turn = 0; turn < blocks; ++turn) {
+    const int64_t block = REVERSED ? blocks - 1 - turn : turn;
     blockIdx.x = static_cast<unsigned>(block % grid.blocks);
     blockIdx.y = static_cast<unsigned>(block / grid.blocks);
     host::run_block(grid.threads);
