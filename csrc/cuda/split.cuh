@@ -57,12 +57,13 @@ struct SplitMatrix {
     *reinterpret_cast<uint2*>(low + at) = {first.low, second.low};
   }
 
-  // The same vector of a matrix of rows x columns, zeros beyond it.
+  // The same vector of a matrix of rows x columns, zeros beyond it. Columns are all of a row, or
+  // whole vectors.
   __device__ static float4 load(int e, const float* from, int64_t stride, int rows, int columns) {
     const int row = e / kVectors, column = e % kVectors * 4;
     const int left = row < rows ? columns - column : 0;
     from += row * stride + column;
-    if (columns % 4 == 0 && stride % 4 == 0 && is_aligned(from)) {
+    if (stride % 4 == 0 && is_aligned(from)) {
       return left > 0 ? *reinterpret_cast<const float4*>(from) : float4{0.0f, 0.0f, 0.0f, 0.0f};
     }
     return {left > 0 ? from[0] : 0.0f, left > 1 ? from[1] : 0.0f, left > 2 ? from[2] : 0.0f,
