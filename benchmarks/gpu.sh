@@ -120,11 +120,11 @@ export -f build tests suite pictures
 export python site wheels output device dry quick collect
 
 stage build 60 build
-stage tests 120 tests
-stage gpu-unet 110 suite gpu-unet
+stage tests 170 tests
+stage gpu-unet 70 suite gpu-unet
 stage gpu-ops 75 suite gpu-ops
-stage gpu-step 90 suite gpu-step
-stage gpu-kv 75 suite gpu-kv
+stage gpu-step 120 suite gpu-step
+stage gpu-kv 150 suite gpu-kv
 stage pictures 60 pictures
 
 if [ -e "$output/tables.md" ]; then

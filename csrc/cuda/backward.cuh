@@ -7,8 +7,12 @@
 //
 // A block of eight warps serves a strip of 128 columns of one member, 64 rows at a time: G in
 // registers, then L, P and the two gradients of 16 x 16 weights, contracted at once. What a strip
-// has of dB and dV stays in registers; dA and dU of its rows are one part for every strip. Parts
+// has of dB and dV stays with its block; dA and dU of its rows are one part for every strip. Parts
 // are added by another kernel in a fixed order: nothing is atomic, two runs agree to the bit.
+//
+// Registers bind: of the 128 that two blocks leave a thread, G takes 32, dB 16, and what 16 x 16
+// weights need most of the rest. Therefore thread_again, dV in shared memory, and a loop that is
+// not unrolled.
 #pragma once
 
 #include "gradients.cuh"
@@ -217,6 +221,7 @@ class StripOfGradients {
         float* to = mine.left[i] + left_pair(at.lane.row + 8 * (p % 2), p / 2 * 4 + at.lane.quad);
         *reinterpret_cast<float2*>(to) = {sum[0], sum[1]};
       }
+      // the next 16 rows, as registers have no index
 #pragma unroll
       for (int e = 0; e < 16; ++e)
         grad[0][e / 8][e / 4 % 2][e % 4] = grad[1][e / 8][e / 4 % 2][e % 4];
