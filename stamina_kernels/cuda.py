@@ -4,10 +4,9 @@
 The functions are those of `reference.py`, which defines them. The library `_cuda.so` is loaded on
 first use through its C interface (`csrc/cuda/interface.h`), needs no driver to load, and launches
 on torch's current stream. sample, compose, masked_linear's W_eff with its bits and statistics, the
-factors' gradients and fold_ are its own kernels; the products Y = X W_eff^T and dX = dY W_eff are
-the vendor's. Backend `triton` serves the MLPs of the masks' factors, and the gradients of groups
-that are not of one 16-bit type at 16-byte addresses with equal ranks of at most 16, sizes divisible
-by 8 and shards that begin at a column divisible by 4.
+factors' gradients (of groups that `_SERVED` describes) and fold_ are its own kernels; the products
+Y = X W_eff^T and dX = dY W_eff are the vendor's. The gradients of other groups are backend
+`triton`'s, and so are the MLPs of the masks' factors.
 """
 
 import logging
@@ -28,6 +27,11 @@ _log = logging.getLogger(__name__)
 _LIBRARY = Path(__file__).with_name("_cuda.so")
 _LEAST_CAPABILITY = (8, 0)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# `serves_backward` of csrc/cuda/backward_tables.h, in words
+_SERVED = (
+    "one 16-bit type at 16-byte addresses, equal ranks of at most 16, sizes divisible by 8, "
+    "first columns divisible by 4"
+)
 
 
 @cache
@@ -226,11 +230,8 @@ def _triton_or_reference() -> Any:
 
     reason = triton.unavailable_reason()
     name = "triton" if reason is None else "reference"
-    _log.info(
-        "stamina::embedding_mlp of backend 'cuda' is that of %r%s",
-        name,
-        f": {reason}" if reason else "",
-    )
+    why = f": {reason}" if reason else ""
+    _log.info("stamina::embedding_mlp of backend 'cuda' is that of %r%s", name, why)
     return triton if reason is None else reference
 
 
@@ -255,13 +256,11 @@ def _contraction() -> Any:
     if reason is not None:
         raise RuntimeError(
             "backend 'cuda' takes masked_linear_backward of this group from backend 'triton' (its "
-            "own is for one 16-bit type and ranks of at most 16), which cannot run: "
-            f"{reason}; backend 'reference' needs neither"
+            f"own serves {_SERVED}), which cannot run: {reason}; backend 'reference' needs neither"
         )
     _log.info(
-        "stamina::masked_linear_backward of backend 'cuda' runs the kernel of 'triton' for groups "
-        "that are not of one 16-bit type at 16-byte addresses with equal ranks of at most 16, "
-        "sizes divisible by 8 and shards that begin at a column divisible by 4"
+        "stamina::masked_linear_backward of backend 'cuda' runs the kernel of 'triton' but for %s",
+        _SERVED,
     )
     return triton.masked_linear_backward
 
@@ -300,7 +299,6 @@ def masked_linear_backward(
     group = _Group(device, *factors, weight, weight_init, coordinates)
     library, dtype = _library(), _DTYPES[x.dtype]
     size = library.stamina_backward_scratch_bytes(*group.head, dy.data_ptr(), x.data_ptr(), dtype)
-    empty = x.new_empty(0)
     if size == 0:
         _, gradients = _contraction()(
             dy, x, weight, *factors, weight_init, bits, scale, tau, seed, step, g_forget, g_sparse,
@@ -309,23 +307,25 @@ def masked_linear_backward(
     else:
         gradients = torch.empty(sum(t.numel() for ts in factors for t in ts), device=device)
         scratch = torch.empty(max(size, 0), dtype=torch.uint8, device=device)
-        fp32, int64 = torch.float32, torch.int64
         with _on(device):
             status = library.stamina_backward(
                 *group.head,
                 _pointer("dy", dy, x.dtype, device),
                 _pointer("x", x, x.dtype, device),
                 x.numel() // group.columns,
-                *(_pointer(name, t, fp32, device) for name, t in (("scale", scale), ("tau", tau))),
-                *(_pointer(name, t, int64, device) for name, t in (("seed", seed), ("step", step))),
-                _pointer("g_forget", g_forget, fp32, device),
-                _pointer("g_sparse", g_sparse, fp32, device),
+                _pointer("scale", scale, torch.float32, device),
+                _pointer("tau", tau, torch.float32, device),
+                _pointer("seed", seed, torch.int64, device),
+                _pointer("step", step, torch.int64, device),
+                _pointer("g_forget", g_forget, torch.float32, device),
+                _pointer("g_sparse", g_sparse, torch.float32, device),
                 hard, sparse_kind == "relu", dtype,
                 _pointer("bits", bits, torch.int32, device),
                 gradients.data_ptr(), scratch.data_ptr(), scratch.numel(), _stream(device),
             )  # fmt: skip
         check(library, status)
-    return (dy @ compose(weight, A, B, bits, scale, x.dtype) if need_dx else empty), gradients
+    dx = dy @ compose(weight, A, B, bits, scale, x.dtype) if need_dx else x.new_empty(0)
+    return dx, gradients
 
 
 def commit(

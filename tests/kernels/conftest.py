@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from emulated import emulated
+from emulated import cuda_on
 from paths import ALL, forced
-
-from stamina_kernels import backends
 
 
 @pytest.fixture(params=ALL)
@@ -33,11 +31,5 @@ def threads():
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def cuda_device(request):
     """Where backend `cuda` runs: the CPU, emulating a GPU, or the GPU."""
-    if request.param == "gpu":
-        reason = backends()["cuda"]
-        if reason is not None:
-            pytest.skip(f"backend 'cuda': {reason}")
-        yield "cuda"
-        return
-    with emulated():
-        yield "cpu"
+    with cuda_on("gpu" if request.param == "gpu" else ()) as device:
+        yield device

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from stamina_kernels import cuda, cuda_interface, dispatch
+from stamina_kernels import backends, cuda, cuda_interface, dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
@@ -59,3 +59,16 @@ def emulated(*variant: int) -> Iterator[None]:
     finally:
         patch.undo()
         dispatch._unavailable_reason.cache_clear()
+
+
+@contextmanager
+def cuda_on(where: str | tuple[int, ...]) -> Iterator[str]:
+    """The device on which backend `cuda` runs: the GPU, or the CPU, emulating a variant of one."""
+    if where == "gpu":
+        reason = backends()["cuda"]
+        if reason is not None:
+            pytest.skip(f"backend 'cuda': {reason}")
+        yield "cuda"
+        return
+    with emulated(*where):
+        yield "cpu"

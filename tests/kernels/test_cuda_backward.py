@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated import emulated
+from emulated import cuda_on, emulated
 from oracle import assert_as_accurate, make_problem, oracle, run, shifted
 from test_cuda import HARD, SAMPLED
 from test_triton import cancelled, on_device
 
-from stamina_kernels import backends, cuda
+from stamina_kernels import cuda
 
 DTYPES = [torch.bfloat16, torch.float16]
 RANKS = {"rank": 16, "mask_rank": 16}
@@ -31,18 +31,12 @@ def own_kernel(request, monkeypatch):
         raise AssertionError("the gradients were left to another backend")
 
     monkeypatch.setattr(cuda, "_contraction", refuse)
-    if request.param == "gpu":
-        reason = backends()["cuda"]
-        if reason is not None:
-            pytest.skip(f"backend 'cuda': {reason}")
-        yield "cuda"
-        return
-    with emulated(*request.param):
-        yield "cpu"
+    with cuda_on(request.param) as device:
+        yield device
 
 
 def hold_gradients(problem, device, mode=SAMPLED):
-    """Every factor's gradient against fp64; they come back."""
+    """Every factor's gradient against fp64."""
     *_, gradients, bits = run(on_device(problem, device), "cuda", **mode)
     gradients, bits = [g.cpu() for g in gradients], bits.cpu()
     exact = oracle(problem, bits=bits, **mode)[3]
@@ -57,7 +51,6 @@ def hold_gradients(problem, device, mode=SAMPLED):
             )
         else:
             assert_as_accurate(name, got, base, truth, PRODUCT_EPS)
-    return gradients[1:]
 
 
 @pytest.mark.parametrize("initial", [True, False])
