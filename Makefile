@@ -11,8 +11,9 @@ demo: $(INSTALLED)
 	rm -rf demo-output
 	$(VENV)/bin/stamina demo --output demo-output
 
+# a process for each core, four at most: most tests keep one core busy
 test: $(INSTALLED)
-	$(PYTHON) -m pytest $(TEST_ARGS)
+	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal $(TEST_ARGS)
 
 # e.g. `make bench SUITE=linear BENCH_ARGS=--quick`
 SUITE ?= linear

@@ -2,7 +2,13 @@
 import os
 
 import pytest
-import torch
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:
+    # before torch counts the cores; the processes that tests start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # before anything imports Triton: its kernels then run on the CPU, interpreted

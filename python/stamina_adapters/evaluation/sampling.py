@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
+
+
+def _channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # convolutions keep the order: on CPUs a decoder takes three fifths of the time in this one
+    return tuple(t.contiguous(memory_format=torch.channels_last) for t in inputs)
 
 
 def generate_images(
@@ -30,6 +36,7 @@ def generate_images(
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**shown, "disable": True})
     images: list[Image.Image] = []
+    reorder = pipe.vae.decoder.register_forward_pre_hook(_channels_last)
     try:
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
@@ -45,5 +52,6 @@ def generate_images(
             if on_batch is not None:
                 on_batch(len(batch))
     finally:
+        reorder.remove()
         pipe.set_progress_bar_config(**shown)
     return images

@@ -16,7 +16,7 @@ from stamina_adapters.training.methods import Method
 from stamina_adapters.training.objective import DenoisingObjective, NoisyBatch
 from stamina_adapters.training.prompts import tokenize
 
-_PROBES = 4
+_PROBES = 2
 
 
 class StepReport(BaseModel):
