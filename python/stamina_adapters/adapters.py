@@ -4,6 +4,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from torch import nn
+
 from stamina_adapters.concept import ConceptState
 from stamina_adapters.fold import check_weights, detach_live, refold, stacked, sync_live
 from stamina_adapters.guards import check_weights_in_use, release_pipeline
@@ -16,7 +18,7 @@ from stamina_adapters.models import (
     find_state,
 )
 from stamina_adapters.processors import restore_processors
-from stamina_adapters.tokens import drop_tokens
+from stamina_adapters.tokens import check_droppable, drop_tokens
 
 
 class AdapterInfo(NamedTuple):
@@ -127,7 +129,12 @@ def enable_stamina(pipe_or_module: Any) -> None:
 
 
 def delete_stamina(pipe_or_module: Any, names: str | Sequence[str]) -> None:
-    """Remove concepts for good: their part of the weights, their tokens, the live adapter."""
+    """Remove concepts for good: their part of the weights, their tokens, the live adapter.
+
+    Raises RuntimeError where something else added tokens after theirs or changed the weights,
+    TypeError for a module whose concepts brought tokens to the pipeline, OverflowError as
+    `fold_stamina`. Then nothing has been changed.
+    """
     names = [names] if isinstance(names, str) else list(names)
     state = _require(pipe_or_module, names, "delete_stamina")
     model = adapted_model(pipe_or_module)
@@ -136,7 +143,13 @@ def delete_stamina(pipe_or_module: Any, names: str | Sequence[str]) -> None:
     check_weights_in_use(model, [path for c in before for path in c.state.layers])
     if state.live is not None and live_goes:
         check_weights_in_use(model, state.live.layers)
-    drop_tokens(pipe_or_module, {*names, None} if live_goes else set(names))
+    worded = [c.state.name for c in folded if c.state.name in names and c.state.tokens]
+    if worded and isinstance(pipe_or_module, nn.Module):
+        raise TypeError(
+            f"delete_stamina: {', '.join(worded)} brought tokens: pass the pipeline, not a module"
+        )
+    owners = {*names, None} if live_goes else set(names)
+    check_droppable(pipe_or_module, owners)
     state.folded = [concept for concept in folded if concept.state.name not in names]
     live = state.live
     fused = None if live is None else live.fused
@@ -151,6 +164,7 @@ def delete_stamina(pipe_or_module: Any, names: str | Sequence[str]) -> None:
         raise
     if live_goes:
         detach_live(model, state)
+    drop_tokens(pipe_or_module, owners)
     if not state.names:
         state.enabled = True
     release_pipeline(pipe_or_module)

@@ -12,6 +12,7 @@ from stamina_adapters.config import StaminaConfig
 from stamina_kernels import CommittedAdapter
 
 Tokens = dict[str, dict[str, Tensor]]
+_LONGEST_NAME = 200  # file systems take 255 bytes, with what is put around the name
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,11 @@ class ConceptState:
 
 def check_name(name: Any) -> None:
     """Raise unless `name` can name an adapter, hence a file."""
-    if not isinstance(name, str) or not name or "/" in name or "\\" in name:
+    unfit = not isinstance(name, str) or not name or any(c in name for c in "/\\\0")
+    if unfit or len(name.encode()) > _LONGEST_NAME:
         raise ValueError(
-            f"adapter_name must be a non-empty string without '/' or '\\', got {name!r}"
+            "adapter_name must be a non-empty string without '/', '\\' and NUL, of at most "
+            f"{_LONGEST_NAME} bytes, got {name!r}"
         )
 
 

@@ -11,7 +11,6 @@ digest of the base weight. Equal concepts give equal bytes.
 import json
 import math
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,24 +67,21 @@ def concept_to_bytes(concept: ConceptState) -> bytes:
 
 
 def write_beside(file: Path, data: bytes) -> None:
-    """Write `data` to a temporary file next to `file` and rename it."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    """Write next to `file` and rename; on the disk when it returns, or not there at all."""
+    partial = file.with_name(f".{file.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with partial.open("wb") as stream:
             stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _write(file: Path, concept: ConceptState) -> None:
-    if file.name in _STOCK_NAMES:
-        raise ValueError(
-            f"file must not be named {file.name}: other tools would load it and drop the mask"
-        )
-    write_beside(file, concept_to_bytes(concept))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _concepts(source: Any) -> list[ConceptState]:
@@ -117,9 +113,14 @@ def save_stamina_weights(path: str | os.PathLike[str], source: Any) -> list[Path
         files = [target]
     else:
         files = [target / f"{concept.name}.safetensors" for concept in concepts]
+    for file in files:
+        if file.name in _STOCK_NAMES:
+            raise ValueError(
+                f"file must not be named {file.name}: other tools would load it and drop the mask"
+            )
     for file, concept in zip(files, concepts, strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
-        _write(file, concept)
+        write_beside(file, concept_to_bytes(concept))
     return files
 
 
@@ -136,6 +137,8 @@ def _describe(file: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
         if not isinstance(fields["index"], int) or fields["index"] < 0:
             raise ValueError(f"index must be a non-negative integer, got {fields['index']!r}")
         check_name(fields["name"])
+        if not all(isinstance(names, list) for names in fields["tokens"].values()):
+            raise ValueError("tokens must be lists of words by component")
         for layer in fields["layers"].values():
             if not math.isfinite(layer["scale"]) or len(layer["base"]) != 64:
                 raise ValueError("a layer's scale or digest is malformed")
@@ -158,8 +161,7 @@ def _adapter(
     file: Path | str, path: str, tensors: dict[str, Tensor], scale: float
 ) -> CommittedAdapter:
     A, B, exponent, bits = (tensors[f"{path}.{p}"] for p in ("A", "B", "exponent", "bits"))
-    rank = A.shape[-1]
-    if A.dim() != 2 or B.dim() != 2 or B.shape[0] != rank:
+    if A.dim() != 2 or B.dim() != 2 or B.shape[0] != A.shape[1]:
         raise ValueError(f"{file}: {path}: A {list(A.shape)} and B {list(B.shape)} do not multiply")
     words = (B.shape[1] + 31) // 32
     wanted: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
@@ -191,6 +193,13 @@ def _concept(
         component: {token: tensors[f"{_TOKEN}{component}/{token}"] for token in names}
         for component, names in described["tokens"].items()
     }
+    for component, vectors in tokens.items():
+        for token, vector in vectors.items():
+            if vector.dtype != torch.float32 or vector.dim() != 1:
+                raise ValueError(
+                    f"{file}: {_TOKEN}{component}/{token} must be torch.float32 of one dimension, "
+                    f"got {vector.dtype} {list(vector.shape)}"
+                )
     return ConceptState(
         name=described["name"],
         index=described["index"],

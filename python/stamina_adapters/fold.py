@@ -27,11 +27,13 @@ from stamina_adapters.models import (
 )
 from stamina_adapters.tokens import (
     check_new_token,
+    check_vector,
     enter_folded_tokens,
     fold_vectors,
     live_vectors,
 )
 from stamina_kernels import CommittedAdapter, fold_
+from stamina_kernels.checks import FLOATS
 
 
 def _paths(concepts: Iterable[FoldedConcept]) -> list[str]:
@@ -72,6 +74,18 @@ def _write(layers: dict[str, nn.Module], concepts: Sequence[FoldedConcept]) -> N
         )
 
 
+def _agree(expected: Tensor, weight: Tensor, initial: Tensor) -> bool:
+    """Whether two folds onto W_init are the same but for rounding.
+
+    A cast of the model since the fold rounds W and W_init apart, by half a unit in the last place
+    of each; another device may sum in another order, in fp32.
+    """
+    unit = torch.finfo(weight.dtype)
+    size = expected.float().abs() + initial.float().abs()
+    allowed = unit.eps * size + unit.smallest_normal * unit.eps + 2.0**-20 * size.amax()
+    return bool(((expected.float() - weight.float()).abs() <= allowed).all())
+
+
 def check_untouched(model: nn.Module, concepts: Sequence[FoldedConcept]) -> None:
     """Raise where a folded weight is no longer W_init plus its concepts: the next fold starts from
     W_init and would drop what something else (a fused LoRA, a loaded checkpoint) did to it."""
@@ -83,9 +97,7 @@ def check_untouched(model: nn.Module, concepts: Sequence[FoldedConcept]) -> None
         weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
         expected = torch.empty_like(initial)
         fold_([expected], [initial], [_applied(concepts, path, weight.device)])
-        # a cast of the model since then rounds W and W_init apart
-        allowed = 4 * torch.finfo(weight.dtype).eps * initial.abs().amax()
-        if (expected.float() - weight.float()).abs().amax() > allowed:
+        if not _agree(expected, weight, initial):
             raise RuntimeError(
                 f"the weight of {path!r} was changed since its concepts were folded (a fused "
                 "LoRA, a loaded checkpoint): the next fold would drop that; undo it, or load the "
@@ -107,13 +119,15 @@ def stacked(state: ModelState) -> list[FoldedConcept]:
 def refold(model: nn.Module, before: Sequence[FoldedConcept], state: ModelState) -> None:
     """Bring the weights from the stack `before` to what `state` now says.
 
-    Layers that no concept uses any more lose their W_init. When a result overflows the weights'
-    dtype they are what `before` made them and OverflowError is raised.
+    Layers that no concept uses any more lose their W_init. Raises RuntimeError where the weights
+    are not what `before` made them. When a result overflows the weights' dtype they are that again
+    and OverflowError is raised.
     """
     after = stacked(state)
     wanted = _paths(after)
     paths = _paths([*before, *after])
     check_weights_in_use(model, paths)
+    check_untouched(model, before)
     layers = {path: layer_at(model, path) for path in paths}
     fresh = [path for path, layer in layers.items() if WEIGHT_INIT not in layer._buffers]
     for path in fresh:
@@ -122,9 +136,11 @@ def refold(model: nn.Module, before: Sequence[FoldedConcept], state: ModelState)
     try:
         _write(layers, after)
     except Exception:
-        _write(layers, before)
-        for path in fresh:
-            del layers[path]._buffers[WEIGHT_INIT]
+        try:
+            _write(layers, before)
+        finally:
+            for path in fresh:
+                del layers[path]._buffers[WEIGHT_INIT]
         raise
     for path in paths:
         if path not in wanted:
@@ -135,7 +151,6 @@ def _committed(
     model: nn.Module, state: ModelState, live: LiveAdapter, tokens: Tokens
 ) -> ConceptState:
     check_weights_in_use(model, live.layers)
-    check_untouched(model, stacked(state))
     layers = {}
     for path, layer in live.layers.items():
         try:
@@ -241,6 +256,11 @@ def _check_layers(model: nn.Module, concept: ConceptState, verify_base: bool) ->
             raise ValueError(f"concept {concept.name!r}: {error.args[0]}") from None
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"concept {concept.name!r}: {path!r} is {type(layer).__name__}")
+        if layer.weight.dtype not in FLOATS or not layer.weight.is_contiguous():
+            raise TypeError(
+                f"concept {concept.name!r}: {path!r} must have a contiguous fp32, bf16 or fp16 "
+                f"weight, got {layer.weight.dtype} with strides {layer.weight.stride()}"
+            )
         shape = (adapter.A.shape[0], adapter.B.shape[1])
         if layer.weight.shape != shape:
             raise ValueError(
@@ -270,13 +290,10 @@ def _check_tokens(pipe_or_module: Any, concepts: Sequence[ConceptState]) -> None
                 )
             for token, vector in tokens.items():
                 check_new_token(pipe_or_module, component, token)
-                encoder = getattr(pipe_or_module, component)
-                dim = encoder.get_input_embeddings().embedding_dim
-                if vector.shape != (dim,) or not torch.isfinite(vector).all():
-                    raise ValueError(
-                        f"concept {concept.name!r}: the vector of {token!r} must be finite and of "
-                        f"size {dim}, got {list(vector.shape)}"
-                    )
+                try:
+                    check_vector(pipe_or_module, component, token, vector)
+                except ValueError as error:
+                    raise ValueError(f"concept {concept.name!r}: {error}") from None
                 if (component, token) in seen:
                     raise ValueError(f"two concepts bring the token {token!r}")
                 seen.add((component, token))
@@ -311,7 +328,6 @@ def fold_concepts(
         names.append(concept.name)
         _check_layers(model, concept, verify_base)
     _check_tokens(pipe_or_module, concepts)
-    check_untouched(model, stacked(state))
 
     before, folded = stacked(state), state.folded
     added = [FoldedConcept(c, w) for c, w in zip(concepts, weights, strict=True)]

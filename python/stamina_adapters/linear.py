@@ -8,7 +8,6 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.hooks import has_foreign_forward, has_hooks
@@ -203,14 +202,16 @@ class StaminaLinear(nn.Linear):
         """B [r, I] as it enters the product A B."""
         return self.B if self.preconditioner is None else self.B @ self.preconditioner
 
-    def projection(self, factors: Factors | None = None) -> MaskedProjection:
+    def projection(
+        self, factors: Factors | None = None, base: Tensor | None = None
+    ) -> MaskedProjection:
         """The layer as the operator takes it; `factors`: U, V and b of its mask, where they are
-        made already."""
+        made already; `base` in the place of the weight, without bias and W_init."""
         U, V, b = factors or self.mask()
-        B, number = self.right_factor, self.adapter.layer_id
-        return MaskedProjection(
-            self.weight, self.A, B, U, V, b, number, self.bias, self.weight_init
-        )
+        layer = (self.A, self.right_factor, U, V, b, self.adapter.layer_id)
+        if base is not None:
+            return MaskedProjection(base, *layer)
+        return MaskedProjection(self.weight, *layer, self.bias, self.weight_init)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -241,12 +242,17 @@ class StaminaLinear(nn.Linear):
         return f"{super().extra_repr()}, adapter={self.adapter.name!r}, r={config.r}"
 
 
-def _operator(layers: Sequence[StaminaLinear], x: Tensor) -> Any:
+def _operator(
+    layers: Sequence[StaminaLinear], x: Tensor, bases: Sequence[Tensor] | None = None
+) -> Any:
     first = layers[0]
     factors = mask_factors([layer.mask for layer in layers])
     return masked_linear(
         x,
-        [layer.projection(own) for layer, own in zip(layers, factors, strict=True)],
+        [
+            layer.projection(own, None if bases is None else bases[k])
+            for k, (layer, own) in enumerate(zip(layers, factors, strict=True))
+        ],
         scale=first.scale,
         tau=first.tau,
         seed=first.seed,
@@ -324,9 +330,9 @@ def changes_together(layers: Sequence[StaminaLinear], x: Tensor) -> list[Tensor]
     """
     changes: list[Tensor] = []
     for group in launch_groups(layers):
-        outputs = _operator(group, x).y.split([layer.out_features for layer in group], dim=-1)
-        changes += [
-            y - F.linear(x, layer.weight, layer.bias)
-            for layer, y in zip(group, outputs, strict=True)
-        ]
+        heights = [layer.out_features for layer in group]
+        # y - x W^T would be a difference of two roundings, in 16 bits larger than what is asked for
+        nothing = group[0].weight.new_zeros(max(heights), group[0].in_features)
+        bases = [nothing[:height] for height in heights]
+        changes += _operator(group, x, bases).y.split(heights, dim=-1)
     return changes

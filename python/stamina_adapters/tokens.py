@@ -163,6 +163,23 @@ def check_new_token(pipe: Any, component: str, token: str) -> None:
             f"got {type(table).__name__}"
         )
     check_reachable(table, component)
+    modules = vocabulary.encoder.named_modules()
+    owners = [n for n, m in modules if m._parameters.get("weight") is table.weight]
+    if len(owners) > 1:
+        raise TypeError(
+            f"the token table of {component!r} is read by several modules, {', '.join(owners)}: a "
+            "word that is put into one does not reach the others"
+        )
+
+
+def check_vector(pipe: Any, component: str, token: str, vector: Tensor) -> None:
+    """Raise ValueError where `vector` is no row of the component's table, finite in its dtype."""
+    table = _vocabulary(pipe, component).table.weight
+    if vector.shape != table.shape[1:] or not torch.isfinite(vector.to(table.dtype)).all():
+        raise ValueError(
+            f"the vector of token {token!r} must be of size {table.shape[1]} and finite in "
+            f"{table.dtype}, got {list(vector.shape)}"
+        )
 
 
 def _restore_tokenizer(tokenizer: Any, pristine: Any) -> None:
@@ -217,19 +234,28 @@ def _release(vocabulary: _Vocabulary) -> None:
         allow(vocabulary.encoder, "save_pretrained")
 
 
+def _leaving(pipe: Any, dropped: Callable[[TokenRecord], bool]) -> list[_Vocabulary]:
+    """The vocabularies that have such tokens. Raises where one cannot give them up."""
+    found = []
+    for vocabulary in _vocabularies(pipe):
+        state = vocabulary.state
+        if state is None or not any(dropped(record) for record in state.records):
+            continue
+        expected = len(state.tokenizer) + len(state.records)
+        if len(vocabulary.tokenizer) != expected:
+            raise RuntimeError(
+                f"{vocabulary.component!r} has {len(vocabulary.tokenizer)} tokens, not {expected}: "
+                "something else added tokens; remove those first"
+            )
+        check_reachable(vocabulary.table, vocabulary.component)
+        found.append(vocabulary)
+    return found
+
+
 @torch.no_grad()
 def _leave(vocabulary: _Vocabulary, dropped: Callable[[TokenRecord], bool]) -> None:
     """Take tokens out: tokenizer and table as they were, then the kept tokens again."""
-    state = vocabulary.state
-    if state is None or not any(dropped(record) for record in state.records):
-        return
-    expected = len(state.tokenizer) + len(state.records)
-    if len(vocabulary.tokenizer) != expected:
-        raise RuntimeError(
-            f"{vocabulary.component!r} has {len(vocabulary.tokenizer)} tokens, not {expected}: "
-            "something else added tokens; remove those first"
-        )
-    check_reachable(vocabulary.table, vocabulary.component)
+    state = cast(TokenState, vocabulary.state)
     kept = [record for record in state.records if not dropped(record)]
     _restore_tokenizer(vocabulary.tokenizer, state.tokenizer)
     if isinstance(vocabulary.table, TokenEmbedding):
@@ -367,15 +393,26 @@ def remove_custom_token(pipe: Any, token: str) -> None:
     known = [v.state.records for v in _vocabularies(pipe) if v.state is not None]
     if not any(record.token == token for records in known for record in records):
         raise ValueError(f"token {token!r} is not a custom token of this pipeline")
-    for vocabulary in _vocabularies(pipe):
-        _leave(vocabulary, lambda record: record.token == token)
+    _take_out(pipe, lambda record: record.token == token)
+
+
+def _take_out(pipe: Any, dropped: Callable[[TokenRecord], bool]) -> None:
+    for vocabulary in _leaving(pipe, dropped):
+        _leave(vocabulary, dropped)
     release_pipeline(pipe)
+
+
+def _of(concepts: Collection[str | None] | None) -> Callable[[TokenRecord], bool]:
+    return lambda record: concepts is None or record.concept in concepts
+
+
+def check_droppable(pipe_or_module: Any, concepts: Collection[str | None]) -> None:
+    """Raise where `drop_tokens` would."""
+    if not isinstance(pipe_or_module, nn.Module):
+        _leaving(pipe_or_module, _of(concepts))
 
 
 def drop_tokens(pipe_or_module: Any, concepts: Collection[str | None] | None = None) -> None:
     """Take out the tokens of these concepts (None among them: of the unfinished one), or all."""
-    if isinstance(pipe_or_module, nn.Module):
-        return
-    for vocabulary in _vocabularies(pipe_or_module):
-        _leave(vocabulary, lambda record: concepts is None or record.concept in concepts)
-    release_pipeline(pipe_or_module)
+    if not isinstance(pipe_or_module, nn.Module):
+        _take_out(pipe_or_module, _of(concepts))

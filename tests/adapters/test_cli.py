@@ -305,8 +305,12 @@ def test_train_tells_of_a_disk_without_room_and_of_a_full_one(model, concepts, t
     def full_for_tensors(*arguments, **named):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    def full_for_files(*arguments):
-        raise OSError(28, "No space left on device")
+    synced = []
+
+    def full_for_files(handle):
+        synced.append(handle)
+        if len(synced) > 2:  # the first concept's file and its folder fit
+            raise OSError(28, "No space left on device")
 
     for place, full in (
         ("diffusers.StableDiffusionPipeline.save_pretrained", full_for_tensors),
@@ -392,3 +396,25 @@ def test_a_missing_embedded_model_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr("stamina_adapters.cli.embedded.assets_dir", lambda: tmp_path / "absent")
     outcome = run("generate", "a", "--output_dir", tmp_path / "out")
     refused(outcome, "embedded model", "is missing; reinstall the package")
+
+
+def test_more_steps_than_the_scheduler_has_are_refused(model, tmp_path):
+    outcome = run(
+        "generate",
+        "a photo",
+        "--pretrained_model_name_or_path",
+        model,
+        "--output_dir",
+        tmp_path / "out",
+        "--num_inference_steps",
+        1001,
+    )
+    refused(outcome, "--num_inference_steps 1001", "1000 steps at most")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_be_made_are_told(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(run("pretrain", "--output_dir", file), "--output_dir", "is a file")
+    refused(run("pretrain", "--output_dir", file / "x"), "--output_dir", "cannot be made")

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from stamina_adapters.continual.folder import MARGIN, check_folder, check_room, claim_folder
 from stamina_adapters.continual.rows import PairRow, from_line, read_rows, to_line
 from stamina_adapters.continual.run import run_tasks
-from stamina_adapters.continual.store import Lock, RowLog, RunStore, write_whole
+from stamina_adapters.continual.store import Lock, RowLog, RunStore
+from stamina_adapters.files import write_beside
 from stamina_adapters.training.errors import InputError
 
 
@@ -117,14 +118,14 @@ def test_missing_and_damaged_rows_are_told(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "a"
-    write_whole(file, b"old")
+    write_beside(file, b"old")
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("stamina_adapters.continual.store.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_whole(file, b"new")
+        write_beside(file, b"new")
     assert file.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

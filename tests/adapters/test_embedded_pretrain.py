@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stamina_adapters.embedded import autoencoder, diffusion, encoder
-from stamina_adapters.embedded.pretrain import STAGES, Plan, pretrain
+from stamina_adapters.embedded.pretrain import STAGES, OtherSeedError, Plan, pretrain
 from stamina_adapters.embedded.training import FlatTrainer, Schedule, fit
 from torch import nn
 
@@ -87,3 +87,10 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     FlatTrainer(nn.Linear(2, 2), plan).save(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="holds 6 parameters, the model has 12"):
         FlatTrainer(nn.Linear(3, 3), plan).load(tmp_path / "a.safetensors")
+
+
+def test_a_folder_of_another_seed_is_refused(tmp_path: Path) -> None:
+    pretrain(tmp_path, seed=1, plan=TINY, stages=())
+    pretrain(tmp_path, seed=1, plan=TINY, stages=())
+    with pytest.raises(OtherSeedError, match="holds a run of seed 1, not of 2"):
+        pretrain(tmp_path, seed=2, plan=TINY, stages=())

@@ -160,13 +160,19 @@ TENSOR_FAULTS = {
     "do not multiply": lambda t: set_item(t, first(t, ".B"), t[first(t, ".B")][:1].clone()),
     r"\.A is not finite": lambda t: t[first(t, ".A")].fill_(float("nan")),
     "missing keys: token/text_encoder/<v1>": lambda t: t.pop("token/text_encoder/<v1>"),
-    "vector of '<v1>' must be finite": lambda t: t["token/text_encoder/<v1>"].fill_(float("inf")),
+    "vector of token '<v1>' must be": lambda t: t["token/text_encoder/<v1>"].fill_(float("inf")),
     "of size 40": lambda t: set_item(t, "token/text_encoder/<v1>", torch.zeros(41)),
+    "<v1> must be torch.float32 of one": lambda t: set_item(
+        t, "token/text_encoder/<v1>", torch.zeros(40, dtype=torch.int64)
+    ),
+    "A \\[\\] and B": lambda t: set_item(t, first(t, ".A"), torch.zeros((), dtype=torch.float16)),
 }
 CONCEPT_FAULTS = {
     "wrong base digest": lambda c: c["layers"][next(iter(c["layers"]))].update(base="0" * 64),
     "file version 2, this release reads 1": lambda c: c.update(version=2),
     "malformed: 'index'": lambda c: c.pop("index"),
+    "malformed: .*values": lambda c: c.update(tokens=[]),
+    "tokens must be lists": lambda c: c.update(tokens={"text_encoder": "<v1>"}),
     "(?s)malformed.*density_init": lambda c: c["config"].update(density_init=7),
     "scale or digest is malformed": lambda c: c["layers"][next(iter(c["layers"]))].update(
         scale=float("inf")
@@ -237,3 +243,20 @@ def test_unreadable_files(pipe, tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors here")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_stamina_weights(pipe, tmp_path / "text.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\0b", "a" * 201])
+def test_names_that_no_file_can_have_are_refused_at_once(pipe, learn, snapshot, assert_same, name):
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match="adapter_name must be a non-empty string without"):
+        learn(pipe, name)
+    assert_same(before, snapshot(pipe))
+
+
+def test_of_several_concepts_none_is_written_where_one_cannot_be(pipe, learn, tmp_path):
+    for name in ("a", "pytorch_lora_weights"):
+        learn(pipe, name)
+        fold_stamina(pipe)
+    with pytest.raises(ValueError, match="file must not be named pytorch_lora_weights"):
+        save_stamina_weights(tmp_path, pipe)
+    assert list(tmp_path.iterdir()) == []

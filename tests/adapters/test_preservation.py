@@ -253,3 +253,24 @@ def test_a_preconditioner_that_does_not_fit_is_refused(pipe, C):
     with pytest.raises(ValueError, match=r"C must be \(40, 40\) in float32, got"):
         layer.set_preconditioner(C)
     assert layer.preconditioner is None
+
+
+def test_small_changes_are_seen_in_16_bits(pipe):
+    layers = list(_adapted(pipe).values())
+    pipe.unet.bfloat16()
+    x = torch.randn(5, layers[0].in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for layer in layers:
+        layer.A.data.mul_(1e-4)  # far below the last place of W
+    for layer, change in zip(layers, changes_together(layers, x), strict=True):
+        U, V, b = (t.detach().double() for t in layer.mask())
+        product = layer.A.detach().double() @ layer.B.detach().double()
+        expected = x.double() @ (layer.scale * (U @ V + b > 0) * product).T
+        # D and the result are rounded to bf16 once each, 2^-9 of their sizes at most
+        assert (change.double() - expected).norm() <= 3 * 2**-9 * expected.norm()
+
+
+def test_projections_of_pictures_take_no_part(pipe):
+    adapter = ADAPTER.model_copy(update={"target_modules": ("attn2.to_q", "attn2.to_out.0")})
+    (log,) = _learn(pipe, StaminaMethod(adapter), 1)
+    assert len(log.steps) == 6
+    assert all(step.penalty is None for step in log.steps)

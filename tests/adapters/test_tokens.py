@@ -147,3 +147,25 @@ def test_other_errors(pipe):
     pipe.tokenizer.add_tokens("<theirs>")
     with pytest.raises(RuntimeError, match="something else added tokens"):
         remove_custom_token(pipe, "<v1>")
+
+
+def test_a_table_that_several_modules_read_takes_no_token(pipe):
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    pipe.text_encoder = T5EncoderModel(T5Config(vocab_size=len(pipe.tokenizer), **sizes))
+    words = len(pipe.tokenizer)
+    with pytest.raises(TypeError, match="read by several modules, shared, encoder.embed_tokens"):
+        add_custom_token(pipe, "<v1>")
+    assert len(pipe.tokenizer) == words
+
+
+def test_a_word_leaves_every_vocabulary_or_none(pipe, stock_pipe, pipe_of):
+    second = pipe_of(stock_pipe)
+    pipe.text_encoder_2, pipe.tokenizer_2 = second.text_encoder, second.tokenizer
+    for name in ("text_encoder", "text_encoder_2"):
+        add_custom_token(pipe, "<v1>", text_encoder=name)
+    pipe.tokenizer_2.add_tokens("<foreign>")
+    with pytest.raises(RuntimeError, match="'text_encoder_2' has .* something else added tokens"):
+        remove_custom_token(pipe, "<v1>")
+    assert "<v1>" in pipe.tokenizer.get_vocab()

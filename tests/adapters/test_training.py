@@ -266,3 +266,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(pipe):
     message = "^the loss of <v1> became .* at step 0; lower its method's rates$"
     with pytest.raises(InputError, match=message):
         trainer.learn(_concept(), _dataset())
+
+
+def test_targets_that_match_nothing_leave_no_word(pipe):
+    words = len(pipe.tokenizer)
+    adapter = ADAPTER.model_copy(update={"target_modules": ("nothing",)})
+    trainer = ContinualTrainer(pipe, StaminaMethod(adapter), TrainingConfig(max_train_steps=1))
+    with pytest.raises(ValueError, match="target_modules: no module"):
+        trainer.learn(_concept(), _dataset())
+    assert len(pipe.tokenizer) == words
+
+
+def test_factors_that_cannot_be_folded_are_an_input_error(pipe, monkeypatch):
+    trainer = _trainer(pipe, max_train_steps=1)
+
+    def finish():
+        raise OverflowError("a weight leaves the range")
+
+    monkeypatch.setattr(trainer.method, "finish", finish)
+    with pytest.raises(InputError, match="<v1>: a weight leaves the range; lower its method's"):
+        trainer.learn(_concept(), _dataset())
+
+
+def test_sixteen_bit_greys_are_scaled(tmp_path):
+    ramp = torch.arange(0, 65536, 256, dtype=torch.int32).view(16, 16)
+    Image.fromarray(ramp.numpy().astype("uint16")).save(tmp_path / "ramp.png")
+    (image,) = ConceptDataset.from_folder(tmp_path).images
+    assert image.mode == "RGB"
+    assert [value[0] for value in image.getdata()] == list(range(256))

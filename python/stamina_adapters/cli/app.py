@@ -11,6 +11,11 @@ from stamina_adapters.cli.options import Model, OutputDir, console, one_line_err
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.training.config import TrainingConfig
 
+# 2^62 leaves room for a picture's number in what a generator takes
+_PictureSeed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**62, help="Picture k uses seed + k.")
+]
+
 app = typer.Typer(
     help="Teach a Stable Diffusion model one concept after the other, and fold each into it.",
     no_args_is_help=True,
@@ -52,7 +57,7 @@ def generate(
     output_dir: OutputDir,
     pretrained_model_name_or_path: Model = None,
     num_images_per_prompt: Annotated[int, typer.Option("--num_images_per_prompt", min=1)] = 4,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Picture k uses seed + k.")] = 0,
+    seed: _PictureSeed = 0,
     num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 30,
     guidance_scale: Annotated[float, typer.Option("--guidance_scale", min=0.0)] = 3.0,
     sample_batch_size: Annotated[int, typer.Option("--sample_batch_size", min=1)] = 8,
@@ -139,7 +144,7 @@ def evaluate(
         typer.Option("--clip", help="Local CLIP folder that judges. Default: the shipped encoder."),
     ] = None,
     num_images_per_prompt: Annotated[int, typer.Option("--num_images_per_prompt", min=1)] = 16,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Picture k uses seed + k.")] = 10_000,
+    seed: _PictureSeed = 10_000,
     num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 20,
     guidance_scale: Annotated[float, typer.Option("--guidance_scale", min=0.0)] = 3.0,
     sample_batch_size: Annotated[int, typer.Option("--sample_batch_size", min=1)] = 16,

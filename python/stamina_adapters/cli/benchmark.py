@@ -12,7 +12,12 @@ from rich.console import Console
 
 from stamina_adapters.cli.embedded import model_path
 from stamina_adapters.cli.progress import RunProgress
-from stamina_adapters.cli.workspace import check_new_tokens, full_disk_is_told, load_pipeline
+from stamina_adapters.cli.workspace import (
+    check_inference_steps,
+    check_new_tokens,
+    full_disk_is_told,
+    load_pipeline,
+)
 from stamina_adapters.continual.customise import CustomiseWorkload, Plan
 from stamina_adapters.continual.folder import check_folder, check_room, claim_folder
 from stamina_adapters.continual.levels import find_levels
@@ -27,7 +32,7 @@ from stamina_adapters.continual.rows import LevelRow, SummaryRow, TuningRow, rea
 from stamina_adapters.continual.run import TaskFailedError, run_tasks
 from stamina_adapters.continual.snapshot import PipelineSnapshot
 from stamina_adapters.continual.spec import BenchmarkSpec, load_spec
-from stamina_adapters.continual.store import Lock, RunStore, write_whole
+from stamina_adapters.continual.store import Lock, RunStore
 from stamina_adapters.continual.studio import Studio
 from stamina_adapters.continual.tune import trials_of, tuned, tuning_rows
 from stamina_adapters.embedded import load_encoder
@@ -35,6 +40,7 @@ from stamina_adapters.evaluation.clip import ClipEmbedder
 from stamina_adapters.evaluation.embedder import Embedder, EncoderEmbedder
 from stamina_adapters.evaluation.judge import Judge
 from stamina_adapters.evaluation.kid import metric_class
+from stamina_adapters.files import write_beside
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig, describe
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.trainer import ContinualTrainer
@@ -146,6 +152,8 @@ def _open(
     spec.check_count(len(material.concepts), "--sequence")
     pipe = load_pipeline(spec.model or model_path())
     check_new_tokens(pipe, [c.spec for c in material.concepts], "--concepts_list")
+    steps = spec.sampling.num_inference_steps
+    check_inference_steps(pipe, steps, "--sequence: sampling.num_inference_steps")
     origin = PipelineSnapshot(pipe)
     identity = {
         "format": _FORMAT,
@@ -280,11 +288,11 @@ def tune(
                 except TaskFailedError as error:
                     outcomes.append(str(error))
             rows = tuning_rows(name, trials[name], outcomes, seed, concepts)
-            write_whole(folder / f"{name}.jsonl", "".join(map(to_line, rows)).encode())
+            write_beside(folder / f"{name}.jsonl", "".join(map(to_line, rows)).encode())
             console.print(_picked(name, rows), soft_wrap=True, highlight=False, markup=False)
     results = read_rows(sorted(folder.glob("*.jsonl")), "--output")
     chosen = tuned(spec, [row for row in results if isinstance(row, TuningRow)])
-    write_whole(output / "tuned.json", (chosen.model_dump_json(indent=1) + "\n").encode())
+    write_beside(output / "tuned.json", (chosen.model_dump_json(indent=1) + "\n").encode())
     console.print(f"specification with what was picked: {output / 'tuned.json'}", soft_wrap=True)
 
 

@@ -31,7 +31,6 @@ from stamina_adapters.cli.workspace import (
     save_pipeline,
 )
 from stamina_adapters.config import StaminaConfig
-from stamina_adapters.continual.store import write_whole
 from stamina_adapters.embedded import Identity, heldout_identities, load_encoder
 from stamina_adapters.embedded.ceiling import train_ceiling
 from stamina_adapters.embedded.pictures import REAL_PICTURES_SEED, pictures
@@ -41,6 +40,7 @@ from stamina_adapters.evaluation.grid import image_grid
 from stamina_adapters.evaluation.judge import Judge
 from stamina_adapters.evaluation.metrics import a_mmd, f_mmd
 from stamina_adapters.evaluation.sampling import generate_images
+from stamina_adapters.files import write_beside
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.methods import StaminaMethod
@@ -291,8 +291,8 @@ def demo(
     )
     grid = gallery.grid(concepts, identities)
     grid.save(output / "grid.png")
-    write_whole(output / "report.json", (report.model_dump_json(indent=1) + "\n").encode())
-    write_whole(output / "report.html", page(report, grid, logs).encode())
+    write_beside(output / "report.json", (report.model_dump_json(indent=1) + "\n").encode())
+    write_beside(output / "report.html", page(report, grid, logs).encode())
     console.print(_table(report))
     for expectation, met in report.expectations().items():
         console.print(f"[green]yes[/]  {expectation}" if met else f"[red]no[/]   {expectation}")

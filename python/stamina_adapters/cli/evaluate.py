@@ -13,14 +13,19 @@ from rich.table import Table
 from stamina_adapters.cli.benchmark import embedder
 from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.train import read_datasets
-from stamina_adapters.cli.workspace import MODEL, full_disk_is_told, load_pipeline
+from stamina_adapters.cli.workspace import (
+    MODEL,
+    check_inference_steps,
+    full_disk_is_told,
+    load_pipeline,
+)
 from stamina_adapters.continual.score import mean
 from stamina_adapters.continual.spec import SamplingSpec
-from stamina_adapters.continual.store import write_whole
 from stamina_adapters.continual.studio import Studio
 from stamina_adapters.evaluation.judge import Judge
 from stamina_adapters.evaluation.kid import kid, metric_class
 from stamina_adapters.evaluation.metrics import polynomial_mmd
+from stamina_adapters.files import write_beside
 from stamina_adapters.training.config import load_concepts_list
 from stamina_adapters.training.errors import InputError
 
@@ -92,6 +97,7 @@ def evaluate(
     datasets = read_datasets(concepts)
     pipe = load_pipeline(model)
     _check_known(pipe, [concept.token for concept in concepts], model)
+    check_inference_steps(pipe, sampling.num_inference_steps, "--num_inference_steps")
     judged = embedder(clip)
     real_pictures = [dataset.images for dataset in datasets]
     # a centroid alone tells nobody apart, but the distances to it are still of use
@@ -115,7 +121,7 @@ def evaluate(
     console.print(_table(figures))
     if output is not None:
         with full_disk_is_told(output, "--output"):
-            write_whole(output, (figures.model_dump_json(indent=1) + "\n").encode())
+            write_beside(output, (figures.model_dump_json(indent=1) + "\n").encode())
     return figures
 
 

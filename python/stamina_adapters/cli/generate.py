@@ -8,7 +8,12 @@ from rich.console import Console
 
 from stamina_adapters.cli.embedded import model_path
 from stamina_adapters.cli.progress import RunProgress
-from stamina_adapters.cli.workspace import check_output_dir, check_prompts, load_pipeline
+from stamina_adapters.cli.workspace import (
+    check_inference_steps,
+    check_output_dir,
+    check_prompts,
+    load_pipeline,
+)
 from stamina_adapters.evaluation.sampling import generate_images
 
 
@@ -28,6 +33,7 @@ def generate(
     check_output_dir(output_dir)
     pipe = load_pipeline(model or model_path())
     check_prompts(pipe, prompts)
+    check_inference_steps(pipe, num_inference_steps, "--num_inference_steps")
     jobs = [(p, k) for p in range(len(prompts)) for k in range(num_images_per_prompt)]
     with RunProgress(console) as progress:
         images = generate_images(

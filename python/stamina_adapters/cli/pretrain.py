@@ -10,6 +10,7 @@ from rich.table import Table
 from stamina_adapters.cli.embedded import model_path
 from stamina_adapters.cli.workspace import load_pipeline
 from stamina_adapters.embedded import gate
+from stamina_adapters.embedded.pretrain import OtherSeedError
 from stamina_adapters.embedded.pretrain import pretrain as train_embedded
 from stamina_adapters.training.errors import InputError
 
@@ -21,9 +22,17 @@ def _chosen(seed: int | None) -> dict[str, Any]:
 
 def pretrain(output_dir: Path, seed: int | None, console: Console) -> None:
     """Train every stage, resuming from what `output_dir` holds."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {str(output_dir)!r}: is a file; choose a folder")
-    assets = train_embedded(output_dir, **_chosen(seed))
+    where = f"--output_dir {str(output_dir)!r}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{where}: is a file; choose a folder") from None
+    except OSError as error:
+        raise InputError(f"{where}: cannot be made ({error.strerror})") from error
+    try:
+        assets = train_embedded(output_dir, **_chosen(seed))
+    except OtherSeedError as error:
+        raise InputError(f"{where}: {error}; choose another folder") from error
     console.print(f"model  {assets}", soft_wrap=True)
     console.print("measure it with stamina pretrain --check", soft_wrap=True)
 

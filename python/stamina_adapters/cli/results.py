@@ -10,7 +10,7 @@ from rich.console import Console
 from stamina_adapters.continual.report.page import markdown, page
 from stamina_adapters.continual.report.results import collect as collect_rows
 from stamina_adapters.continual.report.results import read_results
-from stamina_adapters.continual.store import write_whole
+from stamina_adapters.files import write_beside
 from stamina_adapters.training.errors import InputError
 
 
@@ -32,6 +32,6 @@ def report(
     if collect is not None:
         copies = collect_rows(folders, collect)
         console.print(f"{len(copies)} row files in {collect}", soft_wrap=True)
-    write_whole(target / "report.html", made.encode())
-    write_whole(target / "report.md", markdown(results).encode())
+    write_beside(target / "report.html", made.encode())
+    write_beside(target / "report.md", markdown(results).encode())
     console.print(f"Look at [bold]{target / 'report.html'}[/]", soft_wrap=True)

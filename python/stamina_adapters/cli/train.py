@@ -20,7 +20,7 @@ from stamina_adapters.cli.workspace import (
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.continual.folder import check_room
 from stamina_adapters.continual.snapshot import pipeline_bytes
-from stamina_adapters.continual.store import write_whole
+from stamina_adapters.files import write_beside
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig, load_concepts_list
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.errors import InputError
@@ -50,7 +50,7 @@ def learn_all(
         state, log = trainer.learn(concept, dataset, on_step)
         trainer.method.save(state, files / f"{concept.name}.safetensors")
         logs.append(log)
-        write_whole(folder / "training.json", _record(trainer, logs).encode())
+        write_beside(folder / "training.json", _record(trainer, logs).encode())
         if on_learned is not None:
             on_learned(index)
     return logs

@@ -93,6 +93,13 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
                 )
 
 
+def check_inference_steps(pipe: Any, steps: int, argument: str) -> None:
+    """Raise `InputError` for more denoising steps than the model's scheduler has times."""
+    most = pipe.scheduler.config.num_train_timesteps
+    if steps > most:
+        raise InputError(f"{argument} {steps}: the model's scheduler has {most} steps at most")
+
+
 def check_output_dir(folder: Path, argument: str = "--output_dir") -> None:
     """Raise `InputError` unless `folder` is empty or can be made; makes nothing."""
     where = f"{argument} {str(folder)!r}"

@@ -178,10 +178,7 @@ class CustomiseWorkload:
         concept = self.plan.material.concepts[task]
         try:
             return self._trainer.learn(concept.spec, concept.dataset, on_step)
-        except ValueError as error:
-            # the trainer's for the loss, the fold's for factors and vectors
-            if not isinstance(error, InputError) and "finite" not in str(error):
-                raise
+        except InputError as error:
             reason = " ".join(str(error).split())
             raise TaskFailedError(f"{self._name} concept {task + 1}: {reason}") from error
 

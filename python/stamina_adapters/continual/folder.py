@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stamina_adapters.continual.store import write_whole
+from stamina_adapters.files import write_beside
 from stamina_adapters.training.errors import InputError
 
 _SPEC = "spec.json"
@@ -76,4 +76,4 @@ def claim_folder(folder: Path, identity: dict[str, Any]) -> None:
     check_folder(folder, identity)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / _SPEC).is_file():
-        write_whole(folder / _SPEC, (json.dumps(identity, indent=1) + "\n").encode())
+        write_beside(folder / _SPEC, (json.dumps(identity, indent=1) + "\n").encode())

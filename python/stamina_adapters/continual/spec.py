@@ -96,7 +96,7 @@ class SamplingSpec(_Part):
     scheduler: Literal["model", "ddim", "dpmsolver"] = "model"
     pictures: int = Field(16, ge=1, description="pictures of each prompt")
     batch_size: int = Field(64, ge=1, description="pictures drawn together, of any prompts")
-    noise_seed: int = Field(10_000, ge=0)
+    noise_seed: int = Field(10_000, ge=0, lt=2**62)
 
 
 class CeilingSpec(_Part):

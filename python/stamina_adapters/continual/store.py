@@ -20,28 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from stamina_adapters.continual.rows import from_line, read_rows, to_line
+from stamina_adapters.files import write_beside
 from stamina_adapters.training.errors import InputError
 
 _ENTRY = "stamina_run"
 _Kind = TypeVar("_Kind", bound=BaseModel)
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """Write beside the place and rename there; on the disk when it returns, or not there at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class Lock:
@@ -142,7 +125,7 @@ class RunStore:
             "lines": lines,
         }
         flat = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        write_whole(self._state, save(flat, {_ENTRY: json.dumps(described)}))
+        write_beside(self._state, save(flat, {_ENTRY: json.dumps(described)}))
         self._append(lines)
         self.done, self.facts, self.tensors = self.done + 1, facts, flat
 

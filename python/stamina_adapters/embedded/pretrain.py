@@ -18,6 +18,7 @@ from stamina_adapters.embedded import encoder as enc
 from stamina_adapters.embedded.captions import save_tokenizer
 from stamina_adapters.embedded.data import CHUNK, pictures
 from stamina_adapters.embedded.training import Schedule
+from stamina_adapters.files import write_beside
 
 STAGES = ("autoencoder", "encoder", "diffusion", "decoder", "export")
 
@@ -49,6 +50,22 @@ class Plan:
     diffusion: Schedule = field(default=dm.SCHEDULE)
     batch: tuple[int, int, int] = (ae.BATCH, ae.BATCH, dm.BATCH)
     compile_model: bool = True
+
+
+class OtherSeedError(ValueError):
+    """The folder holds pictures and checkpoints of another seed."""
+
+
+def _claim(work_dir: Path, seed: int) -> None:
+    """Note the folder's seed, or raise where it is another one."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    file = work_dir / "seed.txt"
+    if file.exists():
+        found = file.read_text().strip()
+        if found != str(seed):
+            raise OtherSeedError(f"holds a run of seed {found}, not of {seed}")
+    else:
+        write_beside(file, f"{seed}\n".encode())
 
 
 def pretrain(
@@ -83,6 +100,7 @@ def pretrain(
 
     Raises:
         ValueError: a stage is unknown, or a cache is of another size.
+        OtherSeedError: ``work_dir`` was begun with another seed.
         FileNotFoundError: a stage needs the checkpoint of an earlier one that was not run.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
@@ -93,7 +111,7 @@ def pretrain(
         plan = replace(plan, diffusion=replace(plan.diffusion, steps=diffusion_steps))
     assets = assets or work_dir / "assets"
     stop_at = None if minutes is None else time.time() + 60.0 * minutes
-    work_dir.mkdir(parents=True, exist_ok=True)
+    _claim(work_dir, seed)
     save_tokenizer(work_dir / "tokenizer")
     if "autoencoder" in stages:
         images = pictures(work_dir, seed, plan.picture_chunks, plan.chunk)

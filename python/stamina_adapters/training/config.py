@@ -30,7 +30,7 @@ class TrainingConfig(BaseModel):
     `stamina_adapters.training.preservation`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_train_steps: int = Field(100, ge=1, description="optimiser steps for each concept")
     train_batch_size: int = Field(8, ge=1, description="latents in a step")

@@ -28,6 +28,7 @@ from stamina_adapters.files import concept_from_bytes, concept_to_bytes
 from stamina_adapters.fold import restore_concepts
 from stamina_adapters.linear import WEIGHT_INIT, changes_together
 from stamina_adapters.models import adapted_model, find_state, layer_at
+from stamina_adapters.tokens import check_new_token
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.penalties import DensityHinge
 from stamina_adapters.training.preservation import Preservation
@@ -159,9 +160,10 @@ class StaminaMethod:
         config = self.training.over(config)
         self._pipe, self._config = pipe, config
         seed = {"seed": concept.seed(config.seed)}
-        add_custom_token(pipe, concept.token, self.token.model_copy(update=seed))
+        check_new_token(pipe, "text_encoder", concept.token)
         adapter = self.adapter.model_copy(update=seed)
         paths = apply_stamina(pipe, adapter, adapter_name=concept.name)
+        add_custom_token(pipe, concept.token, self.token.model_copy(update=seed))
         if AttnProcessor2_0 in map(type, pipe.unet.attn_processors.values()):
             set_stamina_attn_processor(pipe)
         self._layers = {path: pipe.unet.get_submodule(path) for path in paths}

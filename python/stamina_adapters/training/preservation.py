@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.prompts import tokenize
 
-_CROSS_ATTENTION = "attn2"
+_OF_PROMPTS = (".attn2.to_k", ".attn2.to_v")
 _NEGLIGIBLE = 1e-10
 """Directions with less than this share of the largest one's energy are fp32 rounding of states."""
 
@@ -93,11 +93,11 @@ class Preservation:
     def __init__(
         self, pipe: Any, concept: ConceptSpec, layers: Mapping[str, Any], config: TrainingConfig
     ) -> None:
-        """`layers`: path -> adapted layer; those outside of cross-attention take no part.
+        """`layers`: path -> adapted layer; keys and values of cross-attention take part.
 
         Preconditions them with eta = precondition, and makes the term with nu = preserve_weight.
         """
-        chosen = {p: layer for p, layer in layers.items() if _CROSS_ATTENTION in p.split(".")}
+        chosen = {p: layer for p, layer in layers.items() if f".{p}".endswith(_OF_PROMPTS)}
         self._groups: list[tuple[list[str], Tensor]] = []  # paths, and H for their layers
         self._weights: dict[str, Tensor] = {}
         if not chosen or not (config.preserve_weight or config.precondition):

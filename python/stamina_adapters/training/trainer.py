@@ -84,7 +84,7 @@ class ContinualTrainer:
     ) -> tuple[Any, ConceptLog]:
         """Learn one concept and fold it; returns the method's state for its file, and the record.
 
-        Raises `InputError` when the loss stops being finite.
+        Raises `InputError` when the loss stops being finite, or a weight leaves its dtype's range.
         """
         started = time.perf_counter()
         config = self.config
@@ -131,7 +131,10 @@ class ContinualTrainer:
         densities = self.method.densities()
         optimizer.zero_grad(set_to_none=True)
         self.method.consolidate(lambda: self._loss(tokens, self._draw(latents, generator, 1)))
-        state = self.method.finish()
+        try:
+            state = self.method.finish()
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{concept.token}: {error}; lower its method's rates") from error
         log = ConceptLog(
             token=concept.token,
             instance_prompt=concept.instance_prompt,

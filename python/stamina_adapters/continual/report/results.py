@@ -167,7 +167,10 @@ def collect(folders: Sequence[Path], target: Path) -> list[Path]:
             raise InputError(f"--collect {str(target)!r}: {copy.name} exists; choose a new folder")
     if len({copy for _, copy in copies}) < len(copies):
         raise InputError("--collect: two row files would have one name; collect one DIR at a time")
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--collect {str(target)!r}: cannot be made ({error.strerror})") from error
     for file, copy in copies:
         shutil.copyfile(file, copy)
     return [copy for _, copy in copies]
