@@ -77,11 +77,12 @@ def write_beside(file: Path, data: bytes) -> None:
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _concepts(source: Any) -> list[ConceptState]:
