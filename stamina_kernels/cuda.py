@@ -202,7 +202,8 @@ def masked_linear(
     coordinates = list(zip(layer_id, row0, col0, strict=True))
     group = _Group(device, A, B, U, V, b, weight, weight_init, coordinates)
     effective, bits = group.empty_effective(x.dtype), group.empty_bits()
-    forget, sparse = torch.empty(n, device=device), torch.empty(n, device=device)
+    forget = torch.empty(n, dtype=torch.float32, device=device)
+    sparse = torch.empty_like(forget)
     counts = torch.empty(n, 2, dtype=torch.int64, device=device)
     library = _library()
     scratch = torch.empty(
@@ -305,7 +306,8 @@ def masked_linear_backward(
             layer_id, row0, col0, hard, sparse_kind, False,
         )  # fmt: skip
     else:
-        gradients = torch.empty(sum(t.numel() for ts in factors for t in ts), device=device)
+        count = sum(t.numel() for ts in factors for t in ts)
+        gradients = torch.empty(count, dtype=torch.float32, device=device)
         scratch = torch.empty(max(size, 0), dtype=torch.uint8, device=device)
         with _on(device):
             status = library.stamina_backward(

@@ -62,11 +62,15 @@ def _make_implementation(name: str) -> Any:
         device = _first_tensor(rest).device
         _announce(name, backend, device)
         function = getattr(dispatch.load(backend), name)
-        if not torch.is_autocast_enabled(device.type):
-            return function(*rest)
-        # the operation fixes its own precision; autocast may be active around the backward
-        with torch.autocast(device.type, enabled=False):
-            return function(*rest)
+        try:
+            if not torch.is_autocast_enabled(device.type):
+                return function(*rest)
+            # the operation fixes its own precision; autocast may be active around the backward
+            with torch.autocast(device.type, enabled=False):
+                return function(*rest)
+        finally:
+            if name == "fold_":  # kernels write through addresses, which autograd does not see
+                torch.autograd.graph.increment_version(rest[0])
 
     return implementation
 

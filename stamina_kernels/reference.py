@@ -385,7 +385,7 @@ def fold_(
             total = torch.zeros(W[rows].shape, dtype=torch.float32, device=W.device)
             for t in range(first[k], first[k + 1]):
                 mask = unpack_bits(bits[t][rows], W.shape[1])
-                total += scale[t] * mask * (A[t][rows].float() @ B[t].float())
+                total += scale[t] * mask.float() * (A[t][rows].float() @ B[t].float())
             W[rows] = (initial[rows].float() + total).to(W.dtype)
         if not torch.isfinite(W).all():
             overflowed = k

@@ -67,7 +67,7 @@ def embedding_mlp(
 ) -> Tensor:
     """Y [n, m] of every MLP, or Y^T [m, n] where it is `transposed`: flat, one after another."""
     launch = _launch(E, W1, b1, W2, b2, transposed)
-    out = torch.empty(launch.outputs, device=E[0].device)
+    out = torch.empty(launch.outputs, dtype=torch.float32, device=E[0].device)
     with on(out.device):
         mlp_kernel[(launch.tiles.number,)](
             launch.tiles.table, launch.table, out, **launch.constants
@@ -83,8 +83,8 @@ def embedding_mlp_backward(
     launch = _launch(E, W1, b1, W2, b2, transposed)
     device, size = E[0].device, launch.parameters
     dout = torch.cat([d.reshape(-1) for d in dY])
-    dembedding = torch.empty(sum(e.numel() for e in E), device=device)
-    parts = launch.make_parts(launch.tiles.most, size, device=device)
+    dembedding = torch.empty(sum(e.numel() for e in E), dtype=torch.float32, device=device)
+    parts = launch.make_parts(launch.tiles.most, size, dtype=torch.float32, device=device)
     with on(device):
         mlp_backward_kernel[(launch.tiles.number,)](
             launch.tiles.table, launch.table, dout, dembedding, parts, size, **launch.constants

@@ -156,7 +156,7 @@ def masked_linear(
     entry = options("statistics" if effective is None else "sample_compose", x.device)
     most = _tiles(group.rows, columns, entry, x.device).most
     parts = part_maker(group.rows, entry["BO"])
-    sums = parts(2, n, most, device=x.device)
+    sums = parts(2, n, most, dtype=torch.float32, device=x.device)
     counts = parts(n, 2, most, dtype=torch.int32, device=x.device)
     if not weight_init:  # nothing is added to what W shares with earlier concepts
         sums[0] = 0
@@ -260,10 +260,17 @@ def masked_linear_backward(
     largest = max(*group.ranks, *group.mask_ranks)
     passes = ceil_div(largest, rank_step(largest))
     parts = part_maker(group.rows, entry["BO"])
-    left_parts = torch.empty(ceil_div(group.columns, entry["BI"]), group.left_size, device=x.device)
-    right_parts = parts(ceil_div(max(group.rows), entry["BO"]), group.right_size, device=x.device)
+    left_parts = torch.empty(
+        ceil_div(group.columns, entry["BI"]), group.left_size, dtype=torch.float32, device=x.device
+    )
+    right_parts = parts(
+        ceil_div(max(group.rows), entry["BO"]),
+        group.right_size,
+        dtype=torch.float32,
+        device=x.device,
+    )
     most = len(left_parts) * len(right_parts)
-    logit_parts = parts(len(weight), most, device=x.device)
+    logit_parts = parts(len(weight), most, dtype=torch.float32, device=x.device)
     with on(x.device):
         for launch in group.launches:
             tiles = _tiles(launch.rows, group.columns, entry, x.device)

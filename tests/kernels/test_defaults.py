@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a program sets for itself changes no result; what is changed in place is known."""
+
+import pytest
+import torch
+from oracle import make_problem, run
+
+from stamina_kernels import commit, fold_, masked_linear
+
+BACKENDS = ["reference", "cpu", "triton"]
+
+
+def _everything(problem, backend):
+    y, forget, sparse, gradients, bits = run(problem, backend)
+    p = problem.group[0]
+    adapter = commit(p.A, p.B, p.U, p.V, p.b, scale=0.7, backend=backend)
+    W = torch.empty_like(p.weight)
+    fold_([W], [p.weight.detach()], [[adapter]], backend=backend)
+    return [y, forget, sparse, bits, W, *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_bit(backend, default):
+    expected = _everything(make_problem([9, 5], 35, (6,)), backend)
+    problem = make_problem([9, 5], 35, (6,))
+    torch.set_default_dtype(default)
+    try:
+        found = _everything(problem, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fold_between_forward_and_backward_is_noticed(backend):
+    problem = make_problem([9], 35, (6,))
+    (p,) = problem.group
+    x = problem.x.detach().clone().requires_grad_()
+    out = masked_linear(
+        x, [p], scale=problem.scale, tau=problem.tau, seed=problem.seed, step=problem.step,
+        backend=backend,
+    )  # fmt: skip
+    fold_([p.weight], [torch.zeros_like(p.weight)], [[]], backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.y.sum().backward()
