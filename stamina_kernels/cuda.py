@@ -306,8 +306,7 @@ def masked_linear_backward(
             layer_id, row0, col0, hard, sparse_kind, False,
         )  # fmt: skip
     else:
-        count = sum(t.numel() for ts in factors for t in ts)
-        gradients = torch.empty(count, dtype=torch.float32, device=device)
+        gradients = factors[0][0].new_empty(sum(t.numel() for ts in factors for t in ts))
         scratch = torch.empty(max(size, 0), dtype=torch.uint8, device=device)
         with _on(device):
             status = library.stamina_backward(

@@ -396,25 +396,3 @@ def test_a_missing_embedded_model_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr("stamina_adapters.cli.embedded.assets_dir", lambda: tmp_path / "absent")
     outcome = run("generate", "a", "--output_dir", tmp_path / "out")
     refused(outcome, "embedded model", "is missing; reinstall the package")
-
-
-def test_more_steps_than_the_scheduler_has_are_refused(model, tmp_path):
-    outcome = run(
-        "generate",
-        "a photo",
-        "--pretrained_model_name_or_path",
-        model,
-        "--output_dir",
-        tmp_path / "out",
-        "--num_inference_steps",
-        1001,
-    )
-    refused(outcome, "--num_inference_steps 1001", "1000 steps at most")
-    assert not (tmp_path / "out").exists()
-
-
-def test_folders_that_cannot_be_made_are_told(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    refused(run("pretrain", "--output_dir", file), "--output_dir", "is a file")
-    refused(run("pretrain", "--output_dir", file / "x"), "--output_dir", "cannot be made")

@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("stamina_adapters.continual.store.os.fsync", full)
+    monkeypatch.setattr("stamina_adapters.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_beside(file, b"new")
     assert file.read_bytes() == b"old"

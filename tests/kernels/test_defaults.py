@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from emulated import emulated
 from oracle import make_problem, run
 
 from stamina_kernels import commit, fold_, masked_linear
@@ -19,11 +20,22 @@ def _everything(problem, backend):
     return [y, forget, sparse, bits, W, *(g for g in gradients if g is not None)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture(params=[*BACKENDS, "cuda"])
+def problem_of(request):
+    """Backend, and what makes the problem; that of `cuda` is one its own backward serves."""
+    if request.param != "cuda":
+        yield request.param, lambda: make_problem([9, 5], 35, (6,))
+        return
+    with emulated():
+        ranks = {"rank": 16, "mask_rank": 16}
+        yield "cuda", lambda: make_problem([16, 8], 40, (6,), dtype=torch.bfloat16, **ranks)
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-def test_the_default_dtype_changes_no_bit(backend, default):
-    expected = _everything(make_problem([9, 5], 35, (6,)), backend)
-    problem = make_problem([9, 5], 35, (6,))
+def test_the_default_dtype_changes_no_bit(problem_of, default):
+    backend, make = problem_of
+    expected = _everything(make(), backend)
+    problem = make()
     torch.set_default_dtype(default)
     try:
         found = _everything(problem, backend)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers and folders that the commands cannot work with are told before any work."""
+
+import json
+
+import pytest
+from cli_kit import refused, run
+from continual_kit import write_spec
+from pydantic import ValidationError
+from stamina_adapters.training.config import TrainingConfig
+
+MODEL = "--pretrained_model_name_or_path"
+
+
+def _generate(model, out, *more):
+    return run("generate", "a photo", MODEL, model, "--output_dir", out, *more)
+
+
+def test_more_steps_than_the_scheduler_has_are_refused(model, tmp_path):
+    outcome = _generate(model, tmp_path / "out", "--num_inference_steps", 1001)
+    refused(outcome, "--num_inference_steps 1001", "1000 steps at most")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_benchmark_with_too_many_steps_is_refused_before_anything_is_learned(model, tmp_path):
+    spec = write_spec(tmp_path, model, methods={})
+    settings = json.loads(spec.read_text())
+    settings["sampling"]["num_inference_steps"] = 1001
+    spec.write_text(json.dumps(settings))
+    runs = tmp_path / "runs"
+    outcome = run("benchmark", "--sequence", spec, "--methods", "stamina", "--output", runs)
+    refused(outcome, "sampling.num_inference_steps 1001", "1000 steps at most")
+    assert not runs.exists()
+
+
+def test_seeds_beyond_a_generators_are_refused(model, tmp_path):
+    outcome = _generate(model, tmp_path / "out", "--seed", 2**63)
+    assert outcome.exit_code == 2
+    assert "--seed" in outcome.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["forget_weight", "learning_rate", "sparse_weight"])
+def test_infinite_settings_are_refused(name):
+    with pytest.raises(ValidationError, match=name):
+        TrainingConfig(**{name: float("inf")})
+
+
+def test_folders_that_cannot_be_made_are_told(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(run("pretrain", "--output_dir", file), "--output_dir", "is a file")
+    refused(run("pretrain", "--output_dir", file / "x"), "--output_dir", "cannot be made")
