@@ -65,8 +65,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _stream(device: torch.device) -> int:
-    stream: int = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-    return stream
+    return 0 if device.type == "cpu" else int(torch.cuda.current_stream(device).cuda_stream)
 
 
 def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> int:
@@ -202,8 +201,7 @@ def masked_linear(
     coordinates = list(zip(layer_id, row0, col0, strict=True))
     group = _Group(device, A, B, U, V, b, weight, weight_init, coordinates)
     effective, bits = group.empty_effective(x.dtype), group.empty_bits()
-    forget = torch.empty(n, dtype=torch.float32, device=device)
-    sparse = torch.empty_like(forget)
+    forget, sparse = A[0].new_empty(n), A[0].new_empty(n)
     counts = torch.empty(n, 2, dtype=torch.int64, device=device)
     library = _library()
     scratch = torch.empty(
