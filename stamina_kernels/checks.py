@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the public functions' arguments: metadata only, so that none waits for a device.
+"""Checks of the public functions' arguments: metadata only, so that none waits for a device, but
+for `check_finite`.
 
 Each raises ValueError or TypeError naming the argument, what it was and what it should be.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stamina_kernels.projection import CommittedAdapter, EmbeddingMLP, MaskedProjection
+from stamina_kernels.reference import word_count
 
 MAX_RANK = 256
 MAX_HIDDEN = 32  # of an embedding MLP: one tile of the GPU's kernels
@@ -38,6 +40,17 @@ def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | Non
     fail(name, list(shape), f"of shape {wanted}")
 
 
+def check_filled(name: str, matrix: Tensor) -> None:
+    if 0 in matrix.shape:
+        fail(name, list(matrix.shape), "of at least one row and one column")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Reads the values."""
+    if wrong := int((~torch.isfinite(tensor)).sum()):
+        fail(name, f"{wrong} non-finite values", "finite")
+
+
 def check_rank(name: str, rank: int) -> None:
     if not 1 <= rank <= MAX_RANK:
         fail(f"the rank of {name}", rank, f"between 1 and {MAX_RANK}")
@@ -52,6 +65,8 @@ def check_tensor(
         fail(name, tensor.dtype, "of dtype " + " or ".join(map(str, dtypes)), TypeError)
     if tensor.device != device:
         fail(name, tensor.device, f"on device {device}")
+    if tensor.is_meta:
+        fail(name, "a meta tensor", "a tensor with data")
 
 
 def check_integer(name: str, value: Any, allowed: range) -> None:
@@ -117,8 +132,7 @@ def check_projection(
         fail(f"{name}weight.requires_grad", True, "False: the base weight is frozen")
     check_matrix(f"{name}weight", p.weight, None, in_features)
     rows, columns = p.weight.shape
-    if rows == 0 or columns == 0:
-        fail(f"{name}weight", list(p.weight.shape), "of at least one row and one column")
+    check_filled(f"{name}weight", p.weight)
     for factor in FACTORS:
         check_tensor(f"{name}{factor}", getattr(p, factor), factor_dtypes, device)
     check_matrix(f"{name}A", p.A, rows, None)
@@ -133,6 +147,8 @@ def check_projection(
             fail(f"{name}bias", list(p.bias.shape), f"of shape [{rows}]")
     if p.weight_init is not None:
         check_tensor(f"{name}weight_init", p.weight_init, (p.weight.dtype,), device)
+        if p.weight_init.requires_grad:
+            fail(f"{name}weight_init.requires_grad", True, "False: it gets no gradient")
         check_matrix(f"{name}weight_init", p.weight_init, rows, columns)
     for field in ("layer_id", "row0", "col0"):
         if not isinstance(getattr(p, field), int):
@@ -197,7 +213,7 @@ def check_committed(name: str, adapter: CommittedAdapter, weight: Tensor) -> Non
     check_matrix(f"{name}.A", adapter.A, rows, None)
     check_rank(f"{name}.A and B", adapter.A.shape[1])
     check_matrix(f"{name}.B", adapter.B, adapter.A.shape[1], columns)
-    check_matrix(f"{name}.bits", adapter.bits, rows, (columns + 31) // 32)
+    check_matrix(f"{name}.bits", adapter.bits, rows, word_count(columns))
     check_number(f"{name}.scale", adapter.scale)
     for exponent in check_sequence(f"{name}.exponent", adapter.exponent, length=2):
         check_integer(f"{name}.exponent", exponent, EXPONENTS)
@@ -206,7 +222,7 @@ def check_committed(name: str, adapter: CommittedAdapter, weight: Tensor) -> Non
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first address of the tensor's elements, and the first behind them."""
     start, count = tensor.data_ptr(), tensor.numel()
-    if count and not tensor.is_contiguous():
+    if not tensor.is_contiguous():
         count = 1 + sum(
             (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
         )
@@ -215,7 +231,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 def check_apart(weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
     """No weight, which is written, shares memory with another weight or with an input."""
-    spans = sorted((*_span(tensor), name) for name, tensor in weights.items() if tensor.numel())
+    spans = sorted((*_span(tensor), name) for name, tensor in weights.items())
     for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
             fail(other, f"memory of {name}", "kept apart from the other weights")

@@ -24,16 +24,18 @@ multiprocessors. A dtype of 4 bytes multiplies on the ordinary units: two flops 
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from stamina_kernels.override import Override
+
 _log = logging.getLogger(__name__)
 STRATEGIES = ("compose", "generate")
 VARIABLE = "STAMINA_STRATEGY"
-_forced: str | None = None
+_forced = Override()
 _DEVICES = Path(__file__).with_name("devices.json")
 _TOKEN_TILE, _ROW_TILE = 128, 64  # of the generating GEMM
 _MAX_PIPELINED_RANK = 32
@@ -199,14 +201,18 @@ def estimate(device: Device, problem: Problem) -> dict[str, list[Launch]]:
     }  # fmt: skip
 
 
-@cache
-def choose(device_name: str, problem: Problem, override: str | None = None) -> Choice:
-    """The faster strategy by `estimate`, or `override`; logged once for every problem.
+def choose(device_name: str, problem: Problem) -> Choice:
+    """What `forced` or the variable STAMINA_STRATEGY says, else the faster by `estimate`.
 
-    Raises ValueError for an override that is not a strategy.
+    Logged once for every problem. Raises ValueError where the variable names no strategy.
     """
+    return _choose(device_name, problem, _forced.value, os.environ.get(VARIABLE) or None)
+
+
+@cache
+def _choose(device_name: str, problem: Problem, forced: str | None, variable: str | None) -> Choice:
     launches = estimate(find_device(device_name), problem)
-    choice = Choice(*_pick(launches, problem, override), launches)
+    choice = Choice(*_pick(launches, problem, forced, variable), launches)
     _log.info(
         "strategy %r for %d x %d and %d tokens on %s: %s",
         choice.strategy, problem.out_features, problem.in_features, problem.tokens, device_name,
@@ -216,12 +222,14 @@ def choose(device_name: str, problem: Problem, override: str | None = None) -> C
 
 
 def _pick(
-    launches: dict[str, list[Launch]], problem: Problem, override: str | None
+    launches: dict[str, list[Launch]], problem: Problem, forced: str | None, variable: str | None
 ) -> tuple[str, str]:
-    if override is not None:
-        if override not in STRATEGIES:
-            raise ValueError(f"{VARIABLE} must be {' or '.join(STRATEGIES)}, got {override!r}")
-        return override, f"{VARIABLE} says so"
+    if forced is not None:
+        return forced, "the caller says so"
+    if variable is not None:
+        if variable not in STRATEGIES:
+            raise ValueError(f"{VARIABLE} must be {' or '.join(STRATEGIES)}, got {variable!r}")
+        return variable, f"{VARIABLE} says so"
     if problem.rank > _MAX_PIPELINED_RANK:
         return "compose", (
             f"the loop that makes W_eff is not pipelined above rank {_MAX_PIPELINED_RANK}"
@@ -235,17 +243,6 @@ def _pick(
     )
 
 
-def strategy(device_name: str, problem: Problem) -> str:
-    """`choose`'s, where neither `forced` nor the environment variable STAMINA_STRATEGY says."""
-    return choose(device_name, problem, _forced or os.environ.get(VARIABLE) or None).strategy
-
-
-@contextmanager
-def forced(name: str) -> Iterator[None]:
+def forced(name: str) -> AbstractContextManager[None]:
     """Use one strategy for all calls in this process inside the block."""
-    global _forced
-    previous, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = previous
+    return _forced.set(name)

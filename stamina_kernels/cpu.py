@@ -3,7 +3,8 @@
 
 The functions are those of `reference.py`, which defines them. The library `_cpu.so` is loaded on
 first use and registers `torch.ops.stamina_cpu`. The environment variable STAMINA_CPU_ISA forces an
-instruction set: avx512, avx2 or portable.
+instruction set: avx512, avx2 or portable; the first call raises RuntimeError for one that this
+machine lacks.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,18 @@ from stamina_kernels import reference
 from stamina_kernels.reference import Tensors
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
+_INTERFACE_VERSION = 1  # of csrc/cpu/library.cpp
 
 
 @cache
 def _library() -> Any:
     torch.ops.load_library(_LIBRARY)
-    torch.ops.stamina_cpu.instruction_set("")  # raises for an unsupported STAMINA_CPU_ISA
-    return torch.ops.stamina_cpu
+    library = torch.ops.stamina_cpu
+    if not hasattr(library, "interface_version") or (
+        library.interface_version() != _INTERFACE_VERSION
+    ):
+        raise OSError("it was built from another version of the sources; build it again")
+    return library
 
 
 @cache
@@ -42,9 +48,16 @@ def unavailable_reason() -> str | None:
     return None
 
 
+@cache
+def _kernels() -> Any:
+    library = _library()
+    library.instruction_set("")  # raises for a wrong STAMINA_CPU_ISA
+    return library
+
+
 def instruction_set() -> str:
     """The instruction set in use: avx512, avx2 or portable."""
-    name: str = _library().instruction_set("")
+    name: str = _kernels().instruction_set("")
     return name
 
 
@@ -60,7 +73,7 @@ def sample(
     hard: bool,
 ) -> Tensor:
     """Mask bits of the group, int32 [sum O, ceil(I / 32)]."""
-    bits: Tensor = _library().sample.default(U, V, b, seed, step, layer_id, row0, col0, hard)
+    bits: Tensor = _kernels().sample.default(U, V, b, seed, step, layer_id, row0, col0, hard)
     return bits
 
 
@@ -73,7 +86,7 @@ def compose(
     dtype: torch.dtype,
 ) -> Tensor:
     """W_eff of the group from its bits, [sum O, I] in `dtype`, one rounding."""
-    effective: Tensor = _library().compose.default(weight, A, B, bits, scale, dtype)
+    effective: Tensor = _kernels().compose.default(weight, A, B, bits, scale, dtype)
     return effective
 
 
@@ -99,7 +112,7 @@ def masked_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Y, forget, sparse, counts and bits of the group; tau matters in the backward only."""
     joined = [torch.cat([row.to(x.dtype) for row in bias])] if bias else []
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _library().masked_linear.default(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _kernels().masked_linear.default(
         x, weight, joined, A, B, U, V, b, weight_init, scale, seed, step,
         layer_id, row0, col0, hard, sparse_kind,
     )  # fmt: skip
@@ -131,7 +144,7 @@ def masked_linear_backward(
     need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     """dX (empty unless need_dx) and the flat gradients; the same for any number of threads."""
-    gradients: tuple[Tensor, Tensor] = _library().masked_linear_backward.default(
+    gradients: tuple[Tensor, Tensor] = _kernels().masked_linear_backward.default(
         dy, x, weight, A, B, U, V, b, weight_init, bits, scale, tau, seed, step, g_forget, g_sparse,
         layer_id, row0, col0, hard, sparse_kind, need_dx,
     )  # fmt: skip
@@ -142,7 +155,7 @@ def embedding_mlp(
     E: Tensors, W1: Tensors, b1: Tensors, W2: Tensors, b2: Tensors, transposed: Sequence[bool]
 ) -> Tensor:
     """Y of every MLP, or Y^T where it is `transposed`: flat, one after another."""
-    flat: Tensor = _library().embedding_mlp.default(E, W1, b1, W2, b2, transposed)
+    flat: Tensor = _kernels().embedding_mlp.default(E, W1, b1, W2, b2, transposed)
     return flat
 
 
@@ -151,19 +164,10 @@ def embedding_mlp_backward(
     transposed: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dE of every MLP, and dW1, db1, dW2, db2 of every MLP: flat, one after another."""
-    gradients: tuple[Tensor, Tensor] = _library().embedding_mlp_backward.default(
+    gradients: tuple[Tensor, Tensor] = _kernels().embedding_mlp_backward.default(
         [d.contiguous() for d in dY], E, W1, b1, W2, b2, transposed
     )
     return gradients
-
-
-def commit(
-    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A16, B16, exponent and the bits [L > 0] of a finished adapter."""
-    A16, B16, exponent = reference.commit_factors(A, B, U, V, b)
-    zero = torch.zeros((), dtype=torch.int64)
-    return A16, B16, exponent, sample([U], [V], [b], zero, zero, [0], [0], [0], True)
 
 
 def fold_(
@@ -176,6 +180,6 @@ def fold_(
     first: Sequence[int],
 ) -> None:
     """Fold in place, all layers at once; see `reference.fold_`."""
-    overflowed = _library().fold_.default(weight, weight_init, A, B, scale, bits, first)
+    overflowed = _kernels().fold_.default(weight, weight_init, A, B, scale, bits, first)
     if overflowed >= 0:
         raise reference.fold_overflow(overflowed, weight[overflowed].dtype)

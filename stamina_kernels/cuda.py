@@ -11,7 +11,6 @@ Y = X W_eff^T and dX = dY W_eff are the vendor's. The gradients of other groups 
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from stamina_kernels import reference
 from stamina_kernels.cuda_interface import Adapter, Layer, Member, check, load
+from stamina_kernels.device import on
 
 _log = logging.getLogger(__name__)
 _LIBRARY = Path(__file__).with_name("_cuda.so")
@@ -59,11 +59,6 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to the current device, which need not be the tensors'."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-
-
 def _stream(device: torch.device) -> int:
     return 0 if device.type == "cpu" else int(torch.cuda.current_stream(device).cuda_stream)
 
@@ -98,7 +93,7 @@ class _Group:
         self.device = device
         self.rows = sum(t.shape[0] for t in left)
         self.columns = right[0].shape[1]
-        self.words = -(-self.columns // 32)
+        self.words = reference.word_count(self.columns)
         members = [Member(out_features=t.shape[0]) for t in left]
         for name, tensors in {"A": A, "B": B, "U": U, "V": V, "b": b}.items():
             for member, tensor in zip(members, tensors, strict=bool(tensors)):
@@ -138,7 +133,7 @@ def sample(
     coordinates = list(zip(layer_id, row0, col0, strict=True))
     group = _Group(device, U=U, V=V, b=b, coordinates=coordinates)
     bits = group.empty_bits()
-    with _on(device):
+    with on(device):
         status = _library().stamina_sample(
             *group.head,
             _pointer("seed", seed, torch.int64, device),
@@ -161,7 +156,7 @@ def compose(
     device = bits.device
     group = _Group(device, A, B, weight=weight)
     effective = group.empty_effective(dtype)
-    with _on(device):
+    with on(device):
         status = _library().stamina_compose(
             *group.head,
             _pointer("scale", scale, torch.float32, device),
@@ -207,7 +202,7 @@ def masked_linear(
     scratch = torch.empty(
         max(library.stamina_scratch_bytes(*group.head), 0), dtype=torch.uint8, device=device
     )
-    with _on(device):
+    with on(device):
         status = library.stamina_sample_compose(
             *group.head,
             _pointer("scale", scale, torch.float32, device),
@@ -306,7 +301,7 @@ def masked_linear_backward(
     else:
         gradients = factors[0][0].new_empty(sum(t.numel() for ts in factors for t in ts))
         scratch = torch.empty(max(size, 0), dtype=torch.uint8, device=device)
-        with _on(device):
+        with on(device):
             status = library.stamina_backward(
                 *group.head,
                 _pointer("dy", dy, x.dtype, device),
@@ -327,15 +322,6 @@ def masked_linear_backward(
     return dx, gradients
 
 
-def commit(
-    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A16, B16, exponent and the bits [L > 0] of a finished adapter."""
-    A16, B16, exponent = reference.commit_factors(A, B, U, V, b)
-    zero = torch.zeros((), dtype=torch.int64, device=A.device)
-    return A16, B16, exponent, sample([U], [V], [b], zero, zero, [0], [0], [0], True)
-
-
 def fold_(
     weight: Sequence[Tensor],
     weight_init: Sequence[Tensor],
@@ -347,7 +333,7 @@ def fold_(
 ) -> None:
     """Fold in place, all layers in one launch; see `reference.fold_`."""
     device = weight[0].device
-    chosen = [k for k, w in enumerate(weight) if w.numel() and first[k] < first[k + 1]]
+    chosen = [k for k, w in enumerate(weight) if first[k] < first[k + 1]]
     for k, w in enumerate(weight):
         if k not in chosen:
             w.copy_(weight_init[k])
@@ -394,7 +380,7 @@ def _launch_fold(layers: list[Layer], adapters: list[Adapter], overflow: Tensor)
         dtype=torch.uint8,
         device=device,
     )
-    with _on(device):
+    with on(device):
         status = library.stamina_fold(
             layer_table, len(layers), adapter_table, len(adapters),
             overflow.data_ptr(), scratch.data_ptr(), scratch.numel(), _stream(device),

@@ -10,10 +10,11 @@ the device, raises and says what can.
 import importlib
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
+
+from stamina_kernels.override import Override
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ _MODULES = {
 }
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
 _DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
-_override: str | None = None
+VARIABLE = "STAMINA_BACKEND"
+_override = Override()
 
 
 @cache
@@ -67,22 +69,30 @@ def _default(device_type: str) -> str:
     return name
 
 
+def _check_name(name: str, origin: str = "") -> None:
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {', '.join(_MODULES)}, got {name!r}{origin}")
+
+
 def resolve(backend: str | None, device_type: str) -> str:
     """Name of the backend for tensors on `device_type`; compiled code keeps its first answer.
 
     Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming
     what can.
     """
-    name = backend or _override or os.environ.get("STAMINA_BACKEND") or _default(device_type)
-    if name not in _MODULES:
-        raise ValueError(f"backend must be one of {', '.join(_MODULES)}, got {name!r}")
+    chosen, origin = backend or _override.value, ""
+    if not chosen and (chosen := os.environ.get(VARIABLE)):
+        origin = f" (from the environment variable {VARIABLE})"
+    name = chosen or _default(device_type)
+    _check_name(name, origin)
     reason = _unavailable_reason(name)
     if reason is None and not _serves(name, device_type):
         reason = f"it does not run on device {device_type!r}"
     if reason is not None:
         usable = [n for n, why in backends().items() if why is None and _serves(n, device_type)]
         raise RuntimeError(
-            f"backend {name!r} cannot be used: {reason}; supported here: {', '.join(usable)}"
+            f"backend {name!r}{origin} cannot be used: {reason}; "
+            f"supported here: {', '.join(usable)}"
         )
     return name
 
@@ -92,17 +102,10 @@ def resolve(backend: str | None, device_type: str) -> str:
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Use one backend for all calls in this process inside the block.
 
     Raises ValueError for an unknown name.
     """
-    global _override
-    if name not in _MODULES:
-        raise ValueError(f"backend must be one of {', '.join(_MODULES)}, got {name!r}")
-    previous, _override = _override, name
-    try:
-        yield
-    finally:
-        _override = previous
+    _check_name(name)
+    return _override.set(name)

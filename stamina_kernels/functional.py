@@ -20,8 +20,11 @@ from stamina_kernels.checks import (
     SPARSE_KINDS,
     check_apart,
     check_committed,
+    check_filled,
+    check_finite,
     check_flag,
     check_group,
+    check_integer,
     check_logits,
     check_matrix,
     check_members,
@@ -39,7 +42,8 @@ from stamina_kernels.projection import (
     MaskedLinearOutput,
     MaskedProjection,
 )
-from stamina_kernels.reference import unpack_bits
+from stamina_kernels.reference import round_factors, word_count
+from stamina_kernels.reference import unpack_bits as _unpack_bits
 
 
 def _as_group(
@@ -106,14 +110,15 @@ def masked_linear(
     check_flag("hard", hard)
     if sparse_kind not in SPARSE_KINDS:
         fail("sparse_kind", repr(sparse_kind), " or ".join(map(repr, SPARSE_KINDS)))
-    x = _autocast(x)
+    computed = _autocast(x)
     for k, p in enumerate(group):
-        if p.weight.dtype.itemsize < x.dtype.itemsize or (
-            p.weight.dtype.itemsize == x.dtype.itemsize and p.weight.dtype != x.dtype
-        ):
-            fail(f"projections[{k}].weight", p.weight.dtype, f"{x.dtype} as x, or wider", TypeError)
+        room = p.weight.dtype.itemsize - computed.dtype.itemsize
+        if room < 0 or (room == 0 and p.weight.dtype != computed.dtype):
+            as_x = f"{computed.dtype} as x{'' if computed is x else ' under autocast'}, or wider"
+            fail(f"projections[{k}].weight", p.weight.dtype, as_x, TypeError)
     output = ops.masked_linear(
-        x.contiguous(), [_column(group, f) for f in ("weight", "bias", *FACTORS, "weight_init")],
+        computed.contiguous(),
+        [_column(group, f) for f in ("weight", "bias", *FACTORS, "weight_init")],
         scale, tau, seed, step, *(_column(group, f) for f in ("layer_id", "row0", "col0")),
         hard, sparse_kind, _resolve(backend, x, accumulate),
     )  # fmt: skip
@@ -173,7 +178,7 @@ def compose(
     check_scalar("scale", scale, (accumulate,), first.device)
     check_tensor("bits", bits, (torch.int32,), first.device)
     rows = sum(p.weight.shape[0] for p in group)
-    check_matrix("bits", bits, rows, (first.shape[1] + 31) // 32)
+    check_matrix("bits", bits, rows, word_count(first.shape[1]))
     dtype = first.dtype if dtype is None else dtype
     if dtype not in (*FLOATS, accumulate):
         fail("dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16", TypeError)
@@ -182,6 +187,18 @@ def compose(
         *lists, bits.contiguous(), scale, dtype, _resolve(backend, first, accumulate)
     )
     return effective
+
+
+def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
+    """bool [O, I] of mask bits int32 [O, ceil(I / 32)].
+
+    Raises ValueError or TypeError naming the argument.
+    """
+    device = bits.device if isinstance(bits, Tensor) else None
+    check_tensor("bits", bits, (torch.int32,), device)
+    check_integer("in_features", in_features, range(1, 1 << 34))
+    check_matrix("bits", bits, None, word_count(in_features))
+    return _unpack_bits(bits, in_features)
 
 
 def embedding_mlp(mlps: Sequence[EmbeddingMLP], *, backend: str | None = None) -> Sequence[Tensor]:
@@ -195,6 +212,8 @@ def embedding_mlp(mlps: Sequence[EmbeddingMLP], *, backend: str | None = None) -
 
     Raises ValueError or TypeError naming the argument; RuntimeError where the backend cannot run.
     """
+    if isinstance(mlps, EmbeddingMLP):  # itself a tuple
+        fail("mlps", "one EmbeddingMLP", "a list of them", TypeError)
     if not check_sequence("mlps", mlps):
         fail("mlps", "none", "at least one MLP")
     first: Any = getattr(mlps[0], "E", None)
@@ -229,14 +248,19 @@ def commit(
     check_matrix("A", A, None, None)
     check_rank("A and B", A.shape[1])
     check_matrix("B", B, A.shape[1], None)
+    check_filled("A", A)
+    check_filled("B", B)
     check_logits("", U, V, b, A.shape[0], B.shape[1])
     check_number("scale", scale)
-    factors = [t.detach().contiguous() for t in (A, B, U, V, b)]
-    A16, B16, exponent, bits = torch.ops.stamina.commit(
-        *factors, dispatch.resolve(backend, A.device.type)
+    for name, tensor in zip(FACTORS, (A, B, U, V, b), strict=True):
+        check_finite(name, tensor)
+    U, V, b = (t.detach().contiguous() for t in (U, V, b))
+    zero = torch.zeros((), dtype=torch.int64, device=A.device)
+    # the backend's own logits: its hard masks are those that the live model has been seen with
+    bits = torch.ops.stamina.sample(
+        [U], [V], [b], zero, zero, [0], [0], [0], True, dispatch.resolve(backend, A.device.type)
     )
-    ea, eb = exponent.tolist()
-    return CommittedAdapter(A16, B16, (ea, eb), bits, float(scale))
+    return CommittedAdapter(*round_factors(A.detach(), B.detach()), bits, float(scale))
 
 
 def fold_(
@@ -250,8 +274,10 @@ def fold_(
 
     Deltas are summed in fp32 before the only rounding, so unfolding is folding the rest: the bits
     are the same. weights and weights_init hold fp32 / bf16 / fp16 matrices O x I that do not
-    overlap. Raises before anything is written for a bad argument; OverflowError where a result
-    does not fit W's dtype, with every weight set back to weights_init.
+    overlap. Raises before anything is written for a bad argument, the values apart, which are not
+    read beforehand: where a result is not finite every weight is set back to weights_init, and
+    ValueError names a factor that is not finite or OverflowError the layer whose dtype is too
+    narrow.
     """
     lists = {"weights": weights, "weights_init": weights_init, "adapters": adapters}
     lengths = tuple(len(check_sequence(name, value)) for name, value in lists.items())
@@ -267,6 +293,7 @@ def fold_(
     for k, (weight, initial, layer) in enumerate(zip(weights, weights_init, adapters, strict=True)):
         check_tensor(f"weights[{k}]", weight, FLOATS, device)
         check_matrix(f"weights[{k}]", weight, None, None)
+        check_filled(f"weights[{k}]", weight)
         check_tensor(f"weights_init[{k}]", initial, (weight.dtype,), device)
         check_matrix(f"weights_init[{k}]", initial, *weight.shape)
         if not weight.is_contiguous():
@@ -279,17 +306,25 @@ def fold_(
         first.append(first[-1] + len(layer))
     check_apart({f"weights[{k}]": weight for k, weight in enumerate(weights)}, inputs)
     flat = [adapter for layer in adapters for adapter in layer]
-    with torch.no_grad():
-        torch.ops.stamina.fold_(
-            list(weights),
-            [initial.contiguous() for initial in weights_init],
-            [adapter.A.contiguous() for adapter in flat],
-            [adapter.B.contiguous() for adapter in flat],
-            [adapter.scale * 2.0 ** sum(adapter.exponent) for adapter in flat],
-            [adapter.bits.contiguous() for adapter in flat],
-            first,
-            dispatch.resolve(backend, device.type),
-        )
+    name = dispatch.resolve(backend, device.type)
+    try:
+        with torch.no_grad():
+            torch.ops.stamina.fold_(
+                list(weights),
+                [initial.contiguous() for initial in weights_init],
+                [adapter.A.contiguous() for adapter in flat],
+                [adapter.B.contiguous() for adapter in flat],
+                [adapter.scale * 2.0 ** sum(adapter.exponent) for adapter in flat],
+                [adapter.bits.contiguous() for adapter in flat],
+                first,
+                name,
+            )
+    except OverflowError:
+        for k, layer in enumerate(adapters):
+            for t, adapter in enumerate(layer):
+                for field in ("A", "B"):
+                    check_finite(f"adapters[{k}][{t}].{field}", getattr(adapter, field))
+        raise
 
 
 __all__ = [

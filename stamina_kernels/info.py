@@ -34,12 +34,21 @@ def _devices() -> list[str]:
     return names
 
 
+def _default_backend() -> tuple[str | None, str | None]:
+    try:
+        return dispatch.resolve(None, "cpu"), None
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
+
+
 def info() -> dict[str, Any]:
     """Versions, devices and backends, as plain JSON types.
 
     backends maps each name to {"available": bool, "reason": str or None}; default_backend is the
-    one that CPU tensors use.
+    one that CPU tensors use, or None with the reason in default_backend_error where what
+    STAMINA_BACKEND or `use_backend` asks for cannot serve them.
     """
+    default, error = _default_backend()
     return {
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
         "platform": platform.platform(),
@@ -49,5 +58,6 @@ def info() -> dict[str, Any]:
             name: {"available": reason is None, "reason": reason}
             for name, reason in dispatch.backends().items()
         },
-        "default_backend": dispatch.resolve(None, "cpu"),
+        "default_backend": default,
+        "default_backend_error": error,
     }

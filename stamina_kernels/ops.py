@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stamina_kernels import dispatch
+from stamina_kernels.reference import word_count
 
 _log = logging.getLogger(__name__)
 _library = torch.library.Library("stamina", "DEF")
@@ -38,8 +39,6 @@ _SCHEMAS = {
     " str sparse_kind, bool need_dx, str backend) -> (Tensor, Tensor)",
     "embedding_mlp": f"({_MLPS}, str backend) -> Tensor",
     "embedding_mlp_backward": f"(Tensor[] dY, {_MLPS}, str backend) -> (Tensor, Tensor)",
-    "commit": "(Tensor A, Tensor B, Tensor U, Tensor V, Tensor b, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
     "fold_": "(Tensor(a!)[] weight, Tensor[] weight_init, Tensor[] A, Tensor[] B, float[] scale,"
     " Tensor[] bits, int[] first, str backend) -> ()",
 }
@@ -81,16 +80,12 @@ for _name, _schema in _SCHEMAS.items():
     _library.impl(_name, _implementations[_name], "CompositeExplicitAutograd")
 
 
-def _words(in_features: Any) -> Any:
-    return (in_features + 31) // 32
-
-
 def _total_rows(matrices: Sequence[Tensor]) -> Any:
     return sum(matrix.shape[0] for matrix in matrices)
 
 
 def _fake_sample(U: Sequence[Tensor], V: Sequence[Tensor], *rest: Any) -> Tensor:
-    return U[0].new_empty(_total_rows(U), _words(V[0].shape[1]), dtype=torch.int32)
+    return U[0].new_empty(_total_rows(U), word_count(V[0].shape[1]), dtype=torch.int32)
 
 
 def _fake_compose(
@@ -114,7 +109,7 @@ def _fake_masked_linear(
         A[0].new_empty(members),
         A[0].new_empty(members),
         x.new_empty(members, 2, dtype=torch.int64),
-        x.new_empty(rows, _words(x.shape[-1]), dtype=torch.int32),
+        x.new_empty(rows, word_count(x.shape[-1]), dtype=torch.int32),
     )
 
 
@@ -148,17 +143,6 @@ def _fake_embedding_mlp_backward(
     return E[0].new_empty(sum(e.numel() for e in E)), E[0].new_empty(size)
 
 
-def _fake_commit(
-    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        A.new_empty(A.shape, dtype=torch.float16),
-        B.new_empty(B.shape, dtype=torch.float16),
-        A.new_empty(2, dtype=torch.int32),
-        A.new_empty(U.shape[0], _words(V.shape[1]), dtype=torch.int32),
-    )
-
-
 def _fake_fold(*arguments: Any) -> None:
     return None
 
@@ -170,7 +154,6 @@ _FAKES: dict[str, Any] = {
     "masked_linear_backward": _fake_masked_linear_backward,
     "embedding_mlp": _fake_embedding_mlp,
     "embedding_mlp_backward": _fake_embedding_mlp_backward,
-    "commit": _fake_commit,
     "fold_": _fake_fold,
 }
 for _name, _fake in _FAKES.items():

@@ -26,8 +26,9 @@ The mask's factors may come from small MLPs over learned embeddings (E n x d, W1
 Source: Smith et al., STAMINA (arXiv 2311.18763), abstract and method; the backward is derived here.
 
 Arguments are those of the operations in `ops.py`, validated by `functional.py`. A group of n
-projections shares X and is stacked along O. Rows are processed in blocks, so that no O x I
-temporary outlives its block. Accumulation is fp32, or fp64 when the factors are.
+projections shares X and is stacked along O. M selects: where it is 0, M (.) P is 0 even if P is
+not finite. Rows are processed in blocks, so that no O x I temporary outlives its block.
+Accumulation is fp32, or fp64 when the factors are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,7 @@ class _Factors(NamedTuple):
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """bool [O, I] -> int32 [O, ceil(I / 32)]; bit j & 31 of word j >> 5, padding zero."""
+    """bool [O, I] -> int32 [O, word_count(I)]; bit j & 31 of word j >> 5, padding zero."""
     padded = F.pad(mask, (0, -mask.shape[1] % 32)).unflatten(1, (-1, 32))
     values = torch.tensor(_BIT_VALUES, dtype=torch.int32, device=mask.device)
     return (padded * values).sum(-1, dtype=torch.int32)
@@ -68,6 +69,16 @@ def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
     """int32 [O, ceil(I / 32)] -> bool [O, I], the inverse of `pack_bits`."""
     shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
     return ((bits[:, :, None] >> shifts) & 1).flatten(1)[:, :in_features].bool()
+
+
+def word_count(in_features: int) -> int:
+    """ceil(I / 32): the words that hold the mask bits of a row."""
+    return -(-in_features // 32)
+
+
+def select(mask: Tensor, values: Tensor) -> Tensor:
+    """M (.) values; 0 where M is, whatever the value."""
+    return torch.where(mask, values, values.new_zeros(()))
 
 
 def mask_logits(U: Tensor, V: Tensor, b: Tensor) -> Tensor:
@@ -139,7 +150,7 @@ def compose(
     for W, a, b in zip(weight, A, B, strict=True):
         for rows in _row_blocks(*W.shape):
             mask = unpack_bits(bits[first_row + rows.start : first_row + rows.stop], W.shape[1])
-            blocks.append((W[rows].to(a.dtype) + scale * mask * (a[rows] @ b)).to(dtype))
+            blocks.append((W[rows].to(a.dtype) + select(mask, scale * (a[rows] @ b))).to(dtype))
         first_row += W.shape[0]
     return torch.cat(blocks)
 
@@ -182,7 +193,7 @@ def masked_linear(
                 else _uniform_block(seed, step, layer_id[k], row0[k], col0[k], rows, columns)
             )
             mask = _mask_block(logits, u)
-            delta = scale * mask * (A[k][rows] @ B[k])
+            delta = select(mask, scale * (A[k][rows] @ B[k]))
             effective = (W[rows].to(delta.dtype) + delta).to(x.dtype)
             row_bias = bias[k][rows].to(x.dtype) if bias else None
             outputs.append(F.linear(x, effective, row_bias))
@@ -253,7 +264,7 @@ def masked_linear_backward(
             span = slice(first_row + rows.start, first_row + rows.stop)
             mask = unpack_bits(bits[span], W.shape[1])
             product = A[k][rows] @ B[k]
-            delta = scale * mask * product
+            delta = select(mask, scale * product)
             wide = W[rows].to(accumulate)
             G = dy_wide[:, span].t() @ x_wide
             if weight_init:
@@ -261,7 +272,7 @@ def masked_linear_backward(
                 G += 2 * g_forget[k] * change.square() * delta
             if need_dx:
                 dx += dy_wide[:, span] @ (wide + delta).to(x.dtype).to(accumulate)
-            masked = scale * mask * G
+            masked = select(mask, scale * G)
             u = (
                 None
                 if hard
@@ -310,47 +321,19 @@ def embedding_mlp_backward(
     return torch.cat([d.view(-1) for d in dE]), torch.cat([d.view(-1) for d in parameters])
 
 
-def _half_with_exponent(name: str, factor: Tensor) -> tuple[Tensor, int]:
-    if not torch.isfinite(factor).all():
-        raise ValueError(
-            f"commit: {name} must be finite, got {_non_finite(factor)} non-finite values"
-        )
-    largest = factor.abs().max() if factor.numel() else factor.new_zeros(())
-    exponent = int(torch.frexp(largest).exponent)
+def _half_with_exponent(factor: Tensor) -> tuple[Tensor, int]:
+    exponent = int(torch.frexp(factor.abs().max()).exponent)
     return (factor.double() * 2.0**-exponent).to(torch.float16), exponent
 
 
-def _non_finite(tensor: Tensor) -> int:
-    return int((~torch.isfinite(tensor)).sum())
+def round_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """A16 = fp16(A 2^-ea), B16 = fp16(B 2^-eb) and (ea, eb) of a finished adapter.
 
-
-def commit_factors(
-    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A16, B16 and exponent of `commit`, after its check that every factor is finite."""
-    for name, factor in (("U", U), ("V", V), ("b", b)):
-        if not torch.isfinite(factor).all():
-            raise ValueError(
-                f"commit: {name} must be finite, got {_non_finite(factor)} non-finite values"
-            )
-    A16, ea = _half_with_exponent("A", A)
-    B16, eb = _half_with_exponent("B", B)
-    return A16, B16, torch.tensor([ea, eb], dtype=torch.int32, device=A.device)
-
-
-def commit(
-    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Round a finished adapter once: A, B -> fp16 with power-of-two scales, bits = [L > 0].
-
-    Returns A16 = fp16(A 2^-ea), B16 = fp16(B 2^-eb), exponent int32 [2] = (ea, eb) with
-    max|A| 2^-ea in [1/2, 1), and bits. Raises ValueError where a factor is not finite.
+    max|A| 2^-ea and max|B| 2^-eb lie in [1/2, 1).
     """
-    A16, B16, exponent = commit_factors(A, B, U, V, b)
-    bits = [
-        pack_bits(mask_logits(U[rows], V, b) > 0) for rows in _row_blocks(U.shape[0], V.shape[1])
-    ]
-    return A16, B16, exponent, torch.cat(bits)
+    A16, ea = _half_with_exponent(A)
+    B16, eb = _half_with_exponent(B)
+    return A16, B16, (ea, eb)
 
 
 def fold_overflow(layer: int, dtype: torch.dtype) -> OverflowError:
@@ -385,7 +368,7 @@ def fold_(
             total = torch.zeros(W[rows].shape, dtype=torch.float32, device=W.device)
             for t in range(first[k], first[k + 1]):
                 mask = unpack_bits(bits[t][rows], W.shape[1])
-                total += scale[t] * mask.float() * (A[t][rows].float() @ B[t].float())
+                total += select(mask, scale[t] * (A[t][rows].float() @ B[t].float()))
             W[rows] = (initial[rows].float() + total).to(W.dtype)
         if not torch.isfinite(W).all():
             overflowed = k

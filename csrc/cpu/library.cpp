@@ -5,6 +5,9 @@
 namespace stamina {
 namespace {
 
+// Raised with every change of a schema below; cpu.py asks for the same.
+int64_t interface_version() { return 1; }
+
 // name "": only report. Returns the instruction set in use.
 std::string instruction_set(const std::string& name) {
   if (!name.empty()) select_kernels(name.c_str());
@@ -44,6 +47,7 @@ STABLE_TORCH_LIBRARY(stamina_cpu, m) {
       "philox_words(int seed, int step, int layer_id, int row0, int col0, int rows, int columns)"
       " -> Tensor");
   m.def("instruction_set(str name) -> str");
+  m.def("interface_version() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stamina_cpu, CompositeExplicitAutograd, m) {
@@ -56,4 +60,5 @@ STABLE_TORCH_LIBRARY_IMPL(stamina_cpu, CompositeExplicitAutograd, m) {
   m.impl("fold_", TORCH_BOX(&stamina::fold_));
   m.impl("philox_words", TORCH_BOX(&stamina::philox_words));
   m.impl("instruction_set", TORCH_BOX(&stamina::instruction_set));
+  m.impl("interface_version", TORCH_BOX(&stamina::interface_version));
 }

@@ -14,6 +14,9 @@
 
 extern "C" {
 
+// Raised with every change of what is declared here; cuda_interface.py asks for the same.
+enum { STAMINA_INTERFACE_VERSION = 1 };
+
 enum { STAMINA_OK = 0, STAMINA_INVALID_ARGUMENT = 1, STAMINA_CUDA_ERROR = 2 };
 
 enum { STAMINA_FLOAT32 = 0, STAMINA_BFLOAT16 = 1, STAMINA_FLOAT16 = 2 };
@@ -93,4 +96,6 @@ STAMINA_EXPORT int stamina_fold(const stamina_layer* layers, int64_t layer_count
 
 // What the last call of this thread that failed found wrong.
 STAMINA_EXPORT const char* stamina_error(void);
+
+STAMINA_EXPORT int64_t stamina_interface_version(void);
 }

@@ -267,3 +267,5 @@ int stamina_fold(const stamina_layer* layers, int64_t layer_count, const stamina
 }
 
 const char* stamina_error(void) { return last_error; }
+
+int64_t stamina_interface_version(void) { return STAMINA_INTERFACE_VERSION; }

@@ -26,6 +26,7 @@ from stamina_adapters.config import StaminaConfig
 from stamina_adapters.fold import fold_concepts
 from stamina_adapters.models import adapted_model, find_state
 from stamina_kernels import CommittedAdapter
+from stamina_kernels.reference import word_count
 
 _ENTRY, VERSION = "stamina", 1
 _TOKEN = "token/"
@@ -164,7 +165,7 @@ def _adapter(
     A, B, exponent, bits = (tensors[f"{path}.{p}"] for p in ("A", "B", "exponent", "bits"))
     if A.dim() != 2 or B.dim() != 2 or B.shape[0] != A.shape[1]:
         raise ValueError(f"{file}: {path}: A {list(A.shape)} and B {list(B.shape)} do not multiply")
-    words = (B.shape[1] + 31) // 32
+    words = word_count(B.shape[1])
     wanted: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
         "A": (A, torch.float16, tuple(A.shape)),
         "B": (B, torch.float16, tuple(B.shape)),

@@ -11,7 +11,7 @@ Importing this package imports neither Triton nor a kernel; the first call of an
     group.py        how a group of projections reaches one launch: packed factors and a member table
     config.py       tile sizes and launch options
     mlp.py          small MLPs over embeddings, which make the masks' factors
-    operations.py   the six operations of a backend on projections
+    operations.py   those of a backend on projections
     embedding.py    the two on MLPs
 """
 
@@ -21,7 +21,6 @@ import os
 from typing import Any
 
 _OPERATIONS = {
-    "commit": "operations",
     "compose": "operations",
     "embedding_mlp": "embedding",
     "embedding_mlp_backward": "embedding",

@@ -59,22 +59,49 @@ def default_table() -> Table:
 def table(device_name: str) -> Table:
     """The options of every kernel on a device; those of an unknown device are the default's.
 
-    Raises ValueError for a file that names a kernel or an option which the default does not have.
+    Raises ValueError for a file that is no JSON, names a kernel or an option which the default does
+    not have, or gives one no positive integer; NotADirectoryError where STAMINA_TRITON_CONFIGS
+    names no folder.
     """
     found = default_table()
-    for folder in (os.environ.get(_FOLDER_VARIABLE), _FOLDER):
-        path = Path(folder or _FOLDER) / file_name(device_name)
+    for path in [folder / file_name(device_name) for folder in _folders()]:
         if path.is_file():
-            measured = json.loads(path.read_text())
-            for kernel, options in measured.items():
-                unknown = set(options) - set(found.get(kernel, ()))
-                if kernel not in found or unknown:
-                    raise ValueError(f"{path}: unknown {sorted(unknown) or 'kernel'} of {kernel!r}")
+            for kernel, options in _read(path, found).items():
                 found[kernel] |= options
             _log.info("launch options for %s from %s", device_name, path)
             return found
     _log.info("launch options for %s are the default ones", device_name)
     return found
+
+
+def _folders() -> list[Path]:
+    given = os.environ.get(_FOLDER_VARIABLE)
+    if given and not Path(given).is_dir():
+        raise NotADirectoryError(f"{_FOLDER_VARIABLE} must be a folder, got {given!r}")
+    return [Path(given), _FOLDER] if given else [_FOLDER]
+
+
+def _read(path: Path, known: Table) -> Table:
+    """What the file holds; raises ValueError for what `table` refuses."""
+    try:
+        measured = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(measured, dict) or not all(isinstance(v, dict) for v in measured.values()):
+        raise ValueError(f"{path} must hold an object of objects: options by kernel")
+    for kernel, options in measured.items():
+        if kernel not in known:
+            raise ValueError(f"{path}: unknown kernel {kernel!r}, known are {', '.join(known)}")
+        for option, value in options.items():
+            if option not in known[kernel]:
+                names = ", ".join(known[kernel])
+                raise ValueError(f"{path}: {kernel!r} has no option {option!r}, only {names}")
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"{path}: {option!r} of {kernel!r} must be a positive integer, got {value!r}"
+                )
+    table: Table = measured
+    return table
 
 
 @cache

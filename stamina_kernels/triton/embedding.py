@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from stamina_kernels.checks import MAX_HIDDEN
+from stamina_kernels.device import on
 from stamina_kernels.reference import Tensors
 from stamina_kernels.triton.config import launch_options, rank_step
 from stamina_kernels.triton.group import device_table
-from stamina_kernels.triton.launch import Tiles, on, options, part_maker, tile_list
+from stamina_kernels.triton.launch import Tiles, options, part_maker, tile_list
 from stamina_kernels.triton.mlp import mlp_backward_kernel, mlp_kernel
 
 # The step over width and outputs: with 32, the backward's products fill the registers.

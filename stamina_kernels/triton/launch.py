@@ -2,7 +2,6 @@
 """What every launch needs: the device, its options, the tiles that exist, how many programs."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -43,11 +42,6 @@ def refuse_interpreted_bfloat16(tensors: Sequence[Tensor]) -> None:
             "Triton's interpreter (TRITON_INTERPRET=1) multiplies the bit patterns of bfloat16 "
             "(triton issue 11584); it serves torch.float32 and torch.float16"
         )
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 
 def options(kernel: str, device: torch.device) -> dict[str, int]:

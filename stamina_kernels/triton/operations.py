@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The six operations on projections; `stamina_kernels/reference.py` defines what they compute.
+"""The operations on projections; `stamina_kernels/reference.py` defines what they compute.
 
 masked_linear draws the bits of the whole group in one launch. By the strategy that
 `stamina_kernels/cost.py` chooses, the same launch also writes W_eff and Y = X W_eff^T is left to
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stamina_kernels import cost, reference
+from stamina_kernels.device import on
+from stamina_kernels.reference import word_count
 from stamina_kernels.triton import config
 from stamina_kernels.triton.backward import backward_kernel
 from stamina_kernels.triton.composition import compose_kernel, sample_compose_kernel
@@ -26,7 +28,6 @@ from stamina_kernels.triton.launch import (
     ELEMENT,
     Tiles,
     mask_options,
-    on,
     options,
     part_maker,
     programs,
@@ -35,10 +36,6 @@ from stamina_kernels.triton.launch import (
     weight_options,
 )
 from stamina_kernels.triton.mask import sample_kernel
-
-
-def _words(columns: int) -> int:
-    return ceil_div(columns, 32)
 
 
 def _tiles(rows: Sequence[int], columns: int, entry: dict[str, int], device: torch.device) -> Tiles:
@@ -59,7 +56,7 @@ def sample(
     """Mask bits of the group, int32 [sum O, ceil(I / 32)]."""
     group = gather(U=U, V=V, b=b, coordinates=list(zip(layer_id, row0, col0, strict=True)))
     bits = torch.empty(
-        sum(group.rows), _words(group.columns), dtype=torch.int32, device=seed.device
+        sum(group.rows), word_count(group.columns), dtype=torch.int32, device=seed.device
     )
     entry = options("sample", seed.device)
     with on(seed.device):
@@ -150,9 +147,9 @@ def masked_linear(
         has_initial=bool(weight_init),
     )
     effective = None
-    if cost.strategy(config.device_name(x.device), problem) == "compose":
+    if cost.choose(config.device_name(x.device), problem).strategy == "compose":
         effective = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    bits = torch.empty(rows, _words(columns), dtype=torch.int32, device=x.device)
+    bits = torch.empty(rows, word_count(columns), dtype=torch.int32, device=x.device)
     entry = options("statistics" if effective is None else "sample_compose", x.device)
     most = _tiles(group.rows, columns, entry, x.device).most
     parts = part_maker(group.rows, entry["BO"])
@@ -308,16 +305,6 @@ def masked_linear_backward(
     if not need_dx:
         return x.new_empty(0), grads
     return dy @ compose(weight, A, B, bits, scale, x.dtype), grads
-
-
-def commit(
-    A: Tensor, B: Tensor, U: Tensor, V: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Round a finished adapter once: A, B -> fp16 with power-of-two scales, bits = [L > 0]."""
-    A16, B16, exponent = reference.commit_factors(A, B, U, V, b)
-    # the kernel's bits, because the live model has been seen with the kernel's hard masks
-    zero = torch.zeros((), dtype=torch.int64, device=A.device)
-    return A16, B16, exponent, sample([U], [V], [b], zero, zero, [0], [0], [0], hard=True)
 
 
 def fold_(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stamina_kernels import cpu, cuda
+from stamina_kernels import cpu, cuda, cuda_interface
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +60,28 @@ def test_a_broken_library_is_reported(backend, tmp_path, monkeypatch):
     assert "library.so cannot be used" in backend.unavailable_reason.__wrapped__()
 
 
+def test_a_library_of_other_sources_is_reported(monkeypatch):
+    """As after an update of the sources without a build."""
+    for backend, module in ((cpu, cpu), (cuda, cuda_interface)):
+        if not backend._LIBRARY.exists():
+            pytest.skip(f"needs {backend._LIBRARY.name}")
+        monkeypatch.setattr(module, "_INTERFACE_VERSION", 0)
+        monkeypatch.setattr(backend, "_library", backend._library.__wrapped__)
+        reason = backend.unavailable_reason.__wrapped__()
+        assert reason == (
+            f"{backend._LIBRARY.name} cannot be used: it was built from another version of the "
+            "sources; build it again"
+        )
+
+
+def test_a_library_from_before_versions_is_reported(tmp_path):
+    compiler = shutil.which("cc") or pytest.skip("needs a C compiler")
+    library = tmp_path / "library.so"
+    subprocess.run([compiler, "-shared", "-o", library, "-x", "c", "/dev/null"], check=True)
+    with pytest.raises(OSError, match="built from another version of the sources"):
+        cuda_interface.load(library)
+
+
 def symbols(library: Path, which: str) -> set[str]:
     if not library.exists() or shutil.which("nm") is None:
         pytest.skip(f"needs {library.name} and nm")
@@ -72,7 +94,7 @@ def symbols(library: Path, which: str) -> set[str]:
 def test_the_cuda_library_exports_its_c_interface_alone():
     header = (ROOT / "csrc/cuda/interface.h").read_text()
     declared = set(re.findall(r"STAMINA_EXPORT [^;(]*?(stamina_\w+)\(", header))
-    assert len(declared) == 9
+    assert len(declared) == 10
     assert symbols(cuda._LIBRARY, "--defined-only") == declared
 
 

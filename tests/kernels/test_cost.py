@@ -40,15 +40,15 @@ LARGE = {"rows": 1 << 16, "columns": 2048, "has_initial": False, "sampled": Fals
 def test_known_gpus_compose(name):
     """As measured on an H200: 0.40 ms for 4096^3, where generating took 1.41."""
     for tokens in (77, 154, 4096):
-        assert cost.strategy(name, problem(tokens, **LARGE)) == "compose"
+        assert cost.choose(name, problem(tokens, **LARGE)).strategy == "compose"
 
 
 def test_where_memory_is_slow_few_tokens_are_generated(monkeypatch):
     slow = cost.find_device(H100)._replace(bandwidth=3e11)
     monkeypatch.setattr(cost, "devices", lambda: {"Slow": slow})
-    assert cost.strategy("Slow", problem(77, **LARGE)) == "generate"
-    assert cost.strategy("Slow", problem(4096, **LARGE)) == "compose"
-    assert cost.strategy("Slow", problem(77, rank=64, **LARGE)) == "compose"
+    assert cost.choose("Slow", problem(77, **LARGE)).strategy == "generate"
+    assert cost.choose("Slow", problem(4096, **LARGE)).strategy == "compose"
+    assert cost.choose("Slow", problem(77, rank=64, **LARGE)).strategy == "compose"
 
 
 def test_more_work_never_takes_less_time():
@@ -78,18 +78,18 @@ def test_an_unknown_gpu_gets_an_answer(name):
 
 
 def test_an_empty_batch_gets_an_answer():
-    assert cost.strategy(H100, problem(0)) in cost.STRATEGIES
+    assert cost.choose(H100, problem(0)).strategy in cost.STRATEGIES
 
 
 def test_the_environment_overrides_and_the_choice_is_logged_once(monkeypatch, caplog):
     monkeypatch.setenv("STAMINA_STRATEGY", "generate")
     with caplog.at_level(logging.INFO, "stamina_kernels.cost"):
-        assert cost.strategy(H100, problem(4099)) == "generate"
-        assert cost.strategy(H100, problem(4099)) == "generate"
+        assert cost.choose(H100, problem(4099)).strategy == "generate"
+        assert cost.choose(H100, problem(4099)).strategy == "generate"
     assert caplog.text.count("'generate'") == 1
     assert "STAMINA_STRATEGY says so" in caplog.text
     with cost.forced("compose"):
-        assert cost.strategy(H100, problem(4099)) == "compose"
+        assert cost.choose(H100, problem(4099)).strategy == "compose"
     monkeypatch.setenv("STAMINA_STRATEGY", "guess")
     with pytest.raises(ValueError, match="must be compose or generate, got 'guess'"):
-        cost.strategy(H100, problem(4099))
+        cost.choose(H100, problem(4099))

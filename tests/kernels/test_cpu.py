@@ -11,7 +11,15 @@ from oracle import make_problem, run
 from paths import ALL, supported
 from test_reference import committed, dense_delta, hold_against_oracle
 
-from stamina_kernels import backends, compose, fold_, masked_linear, sample_mask, unpack_bits
+from stamina_kernels import (
+    backends,
+    commit,
+    compose,
+    fold_,
+    masked_linear,
+    sample_mask,
+    unpack_bits,
+)
 from stamina_kernels.philox import philox4x32, uniform
 from stamina_kernels.reference import mask_logits
 
@@ -254,11 +262,10 @@ def test_fold_without_adapters_and_fold_that_overflows_give_back_the_initial_bit
 def test_commit_equals_the_reference_off_the_rounding_of_the_logits(isa):
     p = make_problem([40], 90, (1,)).group[0]
     factors = [getattr(p, f) for f in "ABUVb"]
-    ours = torch.ops.stamina.commit(*factors, "cpu")
-    reference = torch.ops.stamina.commit(*factors, "reference")
-    for got, expected in zip(ours[:3], reference[:3], strict=True):
-        assert torch.equal(got, expected)
-    differ = unpack_bits(ours[3] ^ reference[3], 90)
+    ours, expected = (commit(*factors, scale=0.3, backend=name) for name in ("cpu", "reference"))
+    assert torch.equal(ours.A, expected.A) and torch.equal(ours.B, expected.B)
+    assert ours.exponent == expected.exponent and ours.scale == 0.3
+    differ = unpack_bits(ours.bits ^ expected.bits, 90)
     assert (mask_logits(p.U, p.V, p.b).abs()[differ] < 1e-6).all()
 
 
@@ -319,7 +326,14 @@ def test_environment_forces_an_instruction_set_and_scratch_memory_is_never_read_
     assert in_child(program, **poison) == "portable"
 
 
-def test_environment_that_names_no_instruction_set_is_reported():
-    program = "from stamina_kernels import cpu; print(cpu.unavailable_reason())"
-    reason = in_child(program, STAMINA_CPU_ISA="mmx")
-    assert "STAMINA_CPU_ISA must be one of" in reason and "'mmx'" in reason
+def test_environment_that_names_no_instruction_set_raises_and_an_empty_one_is_as_none():
+    """No other backend, slower, in its place."""
+    draw = (
+        "from oracle import make_problem; from stamina_kernels import sample_mask;"
+        "p = make_problem([3], 4, (1,));"
+        "bits = lambda: sample_mask(p.group, seed=p.seed, step=p.step).shape;"
+    )
+    program = f"{draw}\ntry: bits()\nexcept RuntimeError as error: print(error)"
+    refusal = in_child(program, STAMINA_CPU_ISA="mmx")
+    assert "STAMINA_CPU_ISA must be one of" in refusal and "'mmx'" in refusal
+    assert in_child(f"{draw} print(bits())", STAMINA_CPU_ISA="") == "torch.Size([3, 1])"

@@ -9,13 +9,17 @@ import torch
 from oracle import make_problem
 
 from stamina_kernels import (
+    EmbeddingMLP,
     backends,
     commit,
     compose,
+    dispatch,
+    embedding_mlp,
     fold_,
     info,
     masked_linear,
     sample_mask,
+    unpack_bits,
     use_backend,
 )
 
@@ -51,6 +55,7 @@ def call(x=PROBLEM.x, member=MEMBER, **changes):
         ({"bias": torch.zeros(5)}, r"bias must be of shape \[6\], got \[5\]"),
         ({"weight_init": torch.zeros(6, 10).half()}, r"weight_init must be of dtype torch.float32"),
         ({"weight_init": torch.zeros(6, 9)}, r"weight_init must be of shape \[6, 10\]"),
+        ({"weight_init": torch.zeros(6, 10).requires_grad_()}, "weight_init.requires_grad must be"),
         ({"layer_id": 1 << 32}, r"layer_id must be an integer in \[0, 2\^32\), got 4294967296"),
         ({"row0": -1}, r"row0 and col0 must be rows below 2\^32"),
         ({"row0": (1 << 32) - 5}, r"row0 and col0 must be rows below 2\^32"),
@@ -98,6 +103,51 @@ def test_mask_compose_and_commit_check_their_arguments():
         compose(MEMBER, bits, scale=PROBLEM.scale, dtype=torch.int8)
     with pytest.raises(ValueError, match="scale must be finite, got inf"):
         commit(*MEMBER[1:6], scale=float("inf"))
+    for k, empty, shape in ((1, "A", [0, 4]), (2, "B", [4, 0])):
+        factors = [*MEMBER[1:6]]
+        factors[k - 1] = torch.empty(shape)
+        with pytest.raises(ValueError, match=rf"{empty} must be of at least one row and one col"):
+            commit(*factors, scale=1.0)
+
+
+def test_unpack_bits_checks_its_arguments():
+    bits = sample_mask(MEMBER, seed=PROBLEM.seed, step=PROBLEM.step)
+    assert unpack_bits(bits, 10).shape == (6, 10)
+    for wrong, columns, error, message in [
+        (bits, 33, ValueError, r"bits must be of shape \[\*, 2\], got \[6, 1\]"),
+        (bits[0], 10, ValueError, r"bits must be of shape \[\*, 1\], got \[1\]"),
+        (bits.long(), 10, TypeError, "bits must be of dtype torch.int32, got torch.int64"),
+        (None, 10, TypeError, "bits must be a tensor, got NoneType"),
+        (bits, 0, ValueError, "in_features must be an integer in"),
+        (bits, 10.0, TypeError, "in_features must be an integer, got 10.0"),
+    ]:
+        with pytest.raises(error, match=message):
+            unpack_bits(wrong, columns)
+
+
+def test_what_autocast_makes_of_x_is_said():
+    half = MEMBER._replace(weight=MEMBER.weight.half(), weight_init=None)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match="weight must be torch.bfloat16 as x under autocast, or wi"),
+    ):
+        call(x=PROBLEM.x.detach().half(), member=half)
+
+
+def test_one_mlp_is_no_list_of_them():
+    mlp = EmbeddingMLP(*(torch.zeros(s) for s in ((3, 4), (5, 4), (5,), (2, 5), (2,))), False)
+    assert embedding_mlp([mlp])[0].shape == (3, 2)
+    with pytest.raises(TypeError, match="mlps must be a list of them, got one EmbeddingMLP"):
+        embedding_mlp(mlp)
+
+
+def test_tensors_without_data_are_refused():
+    meta = {f: getattr(MEMBER, f).to("meta") for f in ("weight", "A", "B", "U", "V", "b", "bias")}
+    scalars = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in PROBLEM.scalars().items()}
+    with pytest.raises(ValueError, match="weight must be a tensor with data, got a meta tensor"):
+        call(PROBLEM.x.to("meta"), MEMBER._replace(**meta, weight_init=None), **scalars)
+    with pytest.raises(ValueError, match="A must be a tensor with data, got a meta tensor"):
+        commit(*(meta[f] for f in "ABUVb"), scale=1.0)
 
 
 def test_fold_checks_everything_before_it_writes():
@@ -110,6 +160,7 @@ def test_fold_checks_everything_before_it_writes():
         ([], [], [], "weights must be at least one weight"),
         ([weight], [initial.half()], [[adapter]], r"weights_init\[0\] must be of dtype"),
         ([weight], [weight], [[adapter]], "must be kept apart from the weight"),
+        ([weight[:0]], [initial[:0]], [[]], r"weights\[0\] must be of at least one row"),
         ([weight.t()], [initial.t()], [[adapter]], r"weights\[0\] must be contiguous"),
         (
             [weight],
@@ -139,9 +190,25 @@ def test_use_backend_and_environment_choose(monkeypatch):
     exact = call(backend="reference").y
     with use_backend("reference"):
         assert torch.equal(call().y, exact)
+    wrong = "got 'nonsense' \\(from the environment variable STAMINA_BACKEND\\)"
     monkeypatch.setenv("STAMINA_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="got 'nonsense'"):
+    with pytest.raises(ValueError, match=wrong):
         call()
+    with use_backend("reference"):
+        assert torch.equal(call().y, exact)
+
+
+@pytest.mark.parametrize("first_to_leave", [0, 1])
+def test_blocks_of_two_threads_leave_nothing_behind(first_to_leave):
+    before = dispatch.resolve(None, "cpu")
+    blocks = [use_backend("reference"), use_backend("cpu")]
+    for block in blocks:
+        block.__enter__()
+    blocks[first_to_leave].__exit__(None, None, None)
+    other = 1 - first_to_leave
+    assert dispatch.resolve(None, "cpu") == ("reference", "cpu")[other]
+    blocks[other].__exit__(None, None, None)
+    assert dispatch.resolve(None, "cpu") == before
 
 
 def test_info_explains_what_is_missing():
@@ -150,6 +217,20 @@ def test_info_explains_what_is_missing():
     for entry in report["backends"].values():
         assert entry["available"] == (entry["reason"] is None)
     assert report["backends"][report["default_backend"]]["available"]
+    assert report["default_backend_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [("nonsense", "got 'nonsense' (from the env"), ("cuda", "backend 'cuda' (from the env")],
+)
+def test_info_answers_where_the_environment_asks_for_what_is_not_there(
+    variable, message, monkeypatch
+):
+    monkeypatch.setenv("STAMINA_BACKEND", variable)
+    report = info()
+    assert report["default_backend"] is None
+    assert message in report["default_backend_error"]
 
 
 def test_import_is_light():

@@ -161,3 +161,27 @@ def test_the_error_of_fp32_is_bounded(backend_on_path, rows, columns, ranks, mag
     weight = torch.full_like(initial, float("nan"))
     fold_([weight], [initial], [adapters], backend=backend_on_path)
     assert rounding_errors(weight, initial, adapters)[1] <= 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_factor_that_is_not_finite_is_named(backend_on_path, value):
+    layers = [committed_layer(9, 40, [3, 5]), committed_layer(7, 33, [2])]
+    initial = [initial_weight(9, 40, torch.float32), initial_weight(7, 33, torch.float32)]
+    wrong = layers[0][1].B.clone()
+    wrong[2, 7] = value
+    layers[0][1] = layers[0][1]._replace(B=wrong, bits=torch.full_like(layers[0][1].bits, -1))
+    weights = [w + 1 for w in initial]
+    message = r"adapters\[0\]\[1\].B must be finite, got 1 non-finite values"
+    with pytest.raises(ValueError, match=message):
+        fold_(weights, initial, layers, backend=backend_on_path)
+    assert all(torch.equal(w, i) for w, i in zip(weights, initial, strict=True))
+
+
+def test_what_the_mask_leaves_out_may_be_anything(backend_on_path):
+    """A product that overflows where M = 0 is no part of D."""
+    (adapter,) = committed_layer(9, 40, [3])
+    huge = adapter._replace(exponent=(100, 100), bits=torch.zeros_like(adapter.bits))
+    initial = initial_weight(9, 40, torch.float16)
+    weight = torch.full_like(initial, float("nan"))
+    fold_([weight], [initial], [[huge]], backend=backend_on_path)
+    assert torch.equal(weight, initial)

@@ -8,7 +8,7 @@ import torch
 from oracle import make_problem, run
 from torch.library import opcheck
 
-from stamina_kernels import backends, masked_linear, ops, sample_mask
+from stamina_kernels import backends, commit, masked_linear, ops, sample_mask
 
 AVAILABLE = [name for name in ("reference", "cpu") if backends()[name] is None]
 
@@ -44,12 +44,9 @@ def test_opcheck(backend):
         (problem.dy, problem.x.detach(), weight, *factors, initial, bits, *scalars,
          problem.g_forget, problem.g_sparse, *where, False, "relu", True, backend),
     )  # fmt: skip
-    opcheck(ops.commit.default, (*(group[0] for group in factors), backend))
-    A16, B16, _, hard = ops.commit(*(group[0] for group in factors), backend)
-    opcheck(
-        ops.fold_.default,
-        ([weight[0].clone()], [weight[0]], [A16], [B16], [0.5], [hard], [0, 1], backend),
-    )
+    concept = commit(*(group[0] for group in factors), scale=0.5, backend=backend)
+    deltas = ([concept.A], [concept.B], [concept.scale], [concept.bits], [0, 1])
+    opcheck(ops.fold_.default, ([weight[0].clone()], [weight[0]], *deltas, backend))
 
 
 def train_step(problem, backend):

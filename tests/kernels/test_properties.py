@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import make_problem
 from test_reference import committed, hold_against_oracle
 
-from stamina_kernels import backends, fold_, sample_mask, unpack_bits
+from stamina_kernels import backends, compose, fold_, masked_linear, sample_mask, unpack_bits
 from stamina_kernels.philox import uniform
 from stamina_kernels.reference import mask_logits
 
@@ -38,6 +38,20 @@ modes = st.fixed_dictionaries(
 @given(problem=problems, mode=modes)
 def test_accuracy_rule(backend, problem, mode):
     hold_against_oracle(make_problem(**problem), mode, backend)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_a_product_that_overflows_where_the_mask_is_zero_changes_nothing(backend):
+    problem = make_problem([9, 5], 40, (3,), bias=True)
+    group = [p._replace(A=p.A * 1e30, B=p.B * 1e30, b=torch.tensor(-1e3)) for p in problem.group]
+    assert not torch.isfinite(group[0].A @ group[0].B).all()
+    out = masked_linear(problem.x, group, **problem.scalars(), hard=True, backend=backend)
+    still = [p._replace(A=0 * p.A) for p in group]
+    expected = masked_linear(problem.x, still, **problem.scalars(), hard=True, backend=backend)
+    assert torch.equal(out.y, expected.y)
+    assert torch.equal(out.forget, torch.zeros(2))
+    effective = compose(group, out.bits, scale=problem.scale, backend=backend)
+    assert torch.equal(effective, torch.cat([p.weight for p in group]))
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)

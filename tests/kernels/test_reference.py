@@ -218,7 +218,7 @@ def test_commit_names_the_factor_that_is_not_finite():
     for k, name in enumerate("ABUVb"):
         factors = [t.clone() for t in (p.A, p.B, p.U, p.V, p.b)]
         factors[k].view(-1)[0] = float("nan")
-        with pytest.raises(ValueError, match=f"{name} must be finite, got 1 non-finite"):
+        with pytest.raises(ValueError, match=f"{name} must be finite, got 1 non-finite values"):
             commit(*factors, scale=1.0, backend="reference")
 
 

@@ -340,7 +340,7 @@ def test_commit_equals_the_reference():
     differ = unpack_bits(got.bits.cpu(), 40) != unpack_bits(expected.bits, 40)
     assert not (differ & margin).any()
     factors[1][0, 0] = float("nan")
-    with pytest.raises(ValueError, match="commit: B must be finite, got 1 non-finite"):
+    with pytest.raises(ValueError, match="B must be finite, got 1 non-finite values"):
         commit(*(f.to(DEVICE) for f in factors), scale=1.0, backend="triton")
 
 

@@ -45,11 +45,27 @@ def test_a_file_of_the_device_is_laid_over_the_default(folder):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"fould": {}}, "unknown kernel of 'fould'"), ({"fold": {"BX": 1}}, r"\['BX'\] of 'fold'")],
+    [
+        ('{"fould": {}}', "unknown kernel 'fould', known are .*fold"),
+        ('{"fold": {"BX": 1}}', "'fold' has no option 'BX', only BO, BI"),
+        ('{"fold": {"BO": "64"}}', "'BO' of 'fold' must be a positive integer, got '64'"),
+        ('{"fold": {"BO": true}}', "must be a positive integer, got True"),
+        ('{"fold": {"BO": 0}}', "must be a positive integer, got 0"),
+        ('{"fold": 64}', "must hold an object of objects"),
+        ("[]", "must hold an object of objects"),
+        ('{"fold": {"BO": ', "is not JSON: "),
+    ],
 )
-def test_a_file_with_unknown_names_is_refused(folder, content, message):
-    (folder / "some-gpu.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+def test_a_wrong_file_is_refused_by_name(folder, content, message):
+    (folder / "some-gpu.json").write_text(content)
+    with pytest.raises(ValueError, match=f"some-gpu.json.*{message}"):
+        config.table("Some GPU")
+    assert config.table("Other GPU") == config.default_table()
+
+
+def test_a_folder_that_is_not_there_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("STAMINA_TRITON_CONFIGS", str(folder / "none"))
+    with pytest.raises(NotADirectoryError, match="STAMINA_TRITON_CONFIGS must be a folder, got "):
         config.table("Some GPU")
 
 

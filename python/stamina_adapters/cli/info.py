@@ -8,7 +8,7 @@ from rich.table import Table
 
 from stamina_adapters.embedded import assets_dir
 from stamina_adapters.training.errors import InputError
-from stamina_kernels import cost, info
+from stamina_kernels import MAX_RANK, cost, info
 
 
 def collect() -> dict[str, Any]:
@@ -28,6 +28,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         missing = f"[yellow]{backend['reason']}"
         backends.add_row(name, f"[green]available{default}" if backend["available"] else missing)
     console.print(versions, backends)
+    if found["default_backend_error"]:
+        console.print(f"[yellow]CPU tensors: {found['default_backend_error']}", soft_wrap=True)
     console.print(f"platform        {found['platform']}", soft_wrap=True)
     console.print(f"devices         {', '.join(found['devices'])}", soft_wrap=True)
     console.print(f"threads         {found['threads']}")
@@ -40,25 +42,26 @@ def show(found: dict[str, Any], console: Console) -> None:
 def explain(
     out_features: int, in_features: int, tokens: int, rank: int
 ) -> dict[str, tuple[cost.Choice, ...]]:
-    """How a GPU would compute Y = X W_eff^T in bf16, mask rank = rank: sampled, then hard.
+    """How backend `triton` would compute Y = X W_eff^T in bf16: sampled, then hard.
 
+    The masks' rank is that of the update, and W differs from W_init, as from the second concept on.
     By the GPUs of this machine, or where there is none, by those that the cost model knows.
-    Raises InputError for a size below 1.
+    Raises InputError for a size below 1, a rank above the kernels' or a wrong STAMINA_STRATEGY.
     """
     sizes = (out_features, in_features, tokens, rank)
     if min(sizes) < 1:
         raise InputError(f"--explain takes positive numbers, got {' '.join(map(str, sizes))}")
+    if rank > MAX_RANK:
+        raise InputError(f"--explain takes ranks of at most {MAX_RANK}, got {rank}")
+    problems = [cost.Problem(*sizes, rank, sampled=sampled) for sampled in (True, False)]
     present = info()["devices"][1:]
-    return {
-        device: tuple(
-            cost.choose(
-                device,
-                cost.Problem(out_features, in_features, tokens, rank, rank, sampled=sampled),
-            )
-            for sampled in (True, False)
-        )
-        for device in present or cost.devices()
-    }
+    try:
+        return {
+            device: tuple(cost.choose(device, problem) for problem in problems)
+            for device in present or cost.devices()
+        }
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def as_json(explained: dict[str, tuple[cost.Choice, ...]]) -> list[dict[str, Any]]:
@@ -66,6 +69,8 @@ def as_json(explained: dict[str, tuple[cost.Choice, ...]]) -> list[dict[str, Any
     return [
         {
             "device": device,
+            "figures_of": cost.find_device(device).name,
+            "backend": "triton",
             "mask": mask,
             "strategy": strategy,
             "chosen": strategy == choice.strategy,
@@ -101,11 +106,14 @@ def show_explained(explained: dict[str, tuple[cost.Choice, ...]], console: Conso
     for device, choices in explained.items():
         for mask, choice in zip(("sampled", "hard"), choices, strict=True):
             console.print(_explained(f"{device}, {mask} mask, microseconds", choice))
+        if (known := cost.find_device(device).name) not in device:
+            console.print(f"[yellow]no figures of {device}: those of {known} stand in for them")
         for mask, choice in zip(("sampled", "hard"), choices, strict=True):
             console.print(f"{mask}: [green]{choice.strategy}[/], {choice.reason}", soft_wrap=True)
     console.print(
-        "An estimate from peak rates, not a measurement: a launch takes its gap on the stream and "
-        f"the longest of its three waits. {cost.VARIABLE}={' or '.join(cost.STRATEGIES)} overrides "
-        "the choice.",
+        "Of backend triton; backend cuda, which NVIDIA GPUs use where it was built, always "
+        "composes. An estimate from peak rates, not a measurement: a launch takes its gap on the "
+        "stream and the longest of its three waits. "
+        f"{cost.VARIABLE}={' or '.join(cost.STRATEGIES)} overrides the choice.",
         soft_wrap=True,
     )
