@@ -178,9 +178,12 @@ def test_a_factor_that_is_not_finite_is_named(backend_on_path, value):
 
 
 def test_what_the_mask_leaves_out_may_be_anything(backend_on_path):
-    """A product that overflows where M = 0 is no part of D."""
+    """A product that overflows fp32 where M = 0 is no part of D."""
     (adapter,) = committed_layer(9, 40, [3])
-    huge = adapter._replace(exponent=(100, 100), bits=torch.zeros_like(adapter.bits))
+    huge = adapter._replace(
+        A=torch.full_like(adapter.A, 6e4), B=torch.full_like(adapter.B, 6e4), exponent=(50, 50),
+        bits=torch.zeros_like(adapter.bits),
+    )  # fmt: skip
     initial = initial_weight(9, 40, torch.float16)
     weight = torch.full_like(initial, float("nan"))
     fold_([weight], [initial], [[huge]], backend=backend_on_path)
