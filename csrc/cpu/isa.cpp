@@ -40,7 +40,8 @@ const Kernels* find(const char* name) {
   std::string supported;
   for (int i = 0; i < count; ++i) {
     if (!all[i].supported) continue;
-    if (name == nullptr || *name == '\0' || std::strcmp(name, all[i].kernels->name) == 0) return all[i].kernels;
+    if (name == nullptr || *name == '\0' || std::strcmp(name, all[i].kernels->name) == 0)
+      return all[i].kernels;
     supported += std::string(supported.empty() ? "" : ", ") + all[i].kernels->name;
   }
   throw std::runtime_error("STAMINA_CPU_ISA must be one of " + supported +
