@@ -6,7 +6,7 @@ Each raises ValueError or TypeError naming the argument, what it was and what it
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ MAX_HIDDEN = 32  # of an embedding MLP: one tile of the GPU's kernels
 SPARSE_KINDS = ("sigmoid", "relu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EXPONENTS = range(-148, 129)  # of fp32 numbers in [1/2, 1)
+_LARGEST = torch.finfo(torch.float32).max
 FACTORS = ("A", "B", "U", "V", "b")
 
 
@@ -79,7 +80,7 @@ def check_integer(name: str, value: Any, allowed: range) -> None:
 def check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)):
         fail(name, repr(value), "a number", TypeError)
-    if not abs(value) <= torch.finfo(torch.float32).max:
+    if not abs(value) <= _LARGEST:
         fail(name, value, "finite")
 
 
@@ -204,7 +205,30 @@ def check_mlp(
     check_flag(f"{name}.transposed", mlp.transposed)
 
 
-def check_committed(name: str, adapter: CommittedAdapter, weight: Tensor) -> None:
+def _fits(adapter: Any, rows: int, columns: int, words: int, device: torch.device) -> bool:
+    """Enough for `_check_committed` to pass, in a third of its time: a fold takes thousands."""
+    if type(adapter) is not CommittedAdapter:
+        return False
+    A, B, exponent, bits, scale = adapter
+    return (
+        type(A) is type(B) is type(bits) is Tensor
+        and A.dtype is B.dtype is torch.float16
+        and bits.dtype is torch.int32
+        and A.device == B.device == bits.device == device
+        and A.dim() == 2
+        and A.shape == (rows, rank := A.shape[1])
+        and 1 <= rank <= MAX_RANK
+        and B.shape == (rank, columns)
+        and bits.shape == (rows, words)
+        and type(scale) is float
+        and abs(scale) <= _LARGEST
+        and type(exponent) is tuple
+        and len(exponent) == 2
+        and all(type(e) is int and e in EXPONENTS for e in exponent)
+    )
+
+
+def _check_committed(name: str, adapter: Any, weight: Tensor) -> None:
     if not isinstance(adapter, CommittedAdapter):
         fail(name, type(adapter).__name__, "a CommittedAdapter", TypeError)
     rows, columns = weight.shape
@@ -221,24 +245,70 @@ def check_committed(name: str, adapter: CommittedAdapter, weight: Tensor) -> Non
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The first address of the tensor's elements, and the first behind them."""
-    start, count = tensor.data_ptr(), tensor.numel()
+    start, size = tensor.data_ptr(), tensor.nbytes
     if not tensor.is_contiguous():
-        count = 1 + sum(
-            (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-    return start, start + count * tensor.element_size()
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        size = (1 + sum((n - 1) * stride for n, stride in steps)) * tensor.element_size()
+    return start, start + size
 
 
-def check_apart(weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
-    """No weight, which is written, shares memory with another weight or with an input."""
-    spans = sorted((*_span(tensor), name) for name, tensor in weights.items())
+def _inputs(
+    weights_init: Sequence[Tensor], adapters: Sequence[Sequence[CommittedAdapter]]
+) -> Iterator[tuple[Tensor, str, int, int]]:
+    """Every tensor that a fold reads, and the format of its name with the numbers in it."""
+    for k, (initial, layer) in enumerate(zip(weights_init, adapters, strict=True)):
+        yield initial, "weights_init[{}]", k, 0
+        for t, adapter in enumerate(layer):
+            yield adapter.A, "adapters[{}][{}].A", k, t
+            yield adapter.B, "adapters[{}][{}].B", k, t
+            yield adapter.bits, "adapters[{}][{}].bits", k, t
+
+
+def _check_apart(
+    weights: Sequence[Tensor],
+    weights_init: Sequence[Tensor],
+    adapters: Sequence[Sequence[CommittedAdapter]],
+) -> None:
+    """No weight, which is written, shares memory with another weight or with what is read."""
+    spans = sorted((*_span(weight), f"weights[{k}]") for k, weight in enumerate(weights))
     for (_, end, name), (start, _, other) in pairwise(spans):
         if start < end:
             fail(other, f"memory of {name}", "kept apart from the other weights")
     starts = [start for start, _, _ in spans]
-    for name, tensor in inputs.items():
+    for tensor, name, k, t in _inputs(weights_init, adapters):
         start, end = _span(tensor)
         # weights do not overlap: only the last of those that start before the input ends can
         before = bisect_left(starts, end) - 1
-        if start < end and before >= 0 and spans[before][1] > start:
-            fail(name, f"memory of {spans[before][2]}", "kept apart from the weights")
+        if before >= 0 and spans[before][1] > start:
+            fail(name.format(k, t), f"memory of {spans[before][2]}", "kept apart from the weights")
+
+
+def check_fold(
+    weights: Sequence[Tensor],
+    weights_init: Sequence[Tensor],
+    adapters: Sequence[Sequence[CommittedAdapter]],
+) -> None:
+    """The arguments of `fold_`, whose values are not read."""
+    lists = {"weights": weights, "weights_init": weights_init, "adapters": adapters}
+    lengths = tuple(len(check_sequence(name, value)) for name, value in lists.items())
+    if len(set(lengths)) != 1:
+        fail("weights, weights_init and adapters", lengths, "of equal length")
+    if not weights:
+        fail("weights", "none", "at least one weight")
+    if not isinstance(weights[0], Tensor):
+        fail("weights[0]", type(weights[0]).__name__, "a tensor", TypeError)
+    device = weights[0].device
+    for k, (weight, initial, layer) in enumerate(zip(weights, weights_init, adapters, strict=True)):
+        check_tensor(f"weights[{k}]", weight, FLOATS, device)
+        check_matrix(f"weights[{k}]", weight, None, None)
+        check_filled(f"weights[{k}]", weight)
+        check_tensor(f"weights_init[{k}]", initial, (weight.dtype,), device)
+        check_matrix(f"weights_init[{k}]", initial, *weight.shape)
+        if not weight.is_contiguous():
+            fail(f"weights[{k}]", f"strides {weight.stride()}", "contiguous")
+        rows, columns = weight.shape
+        words = word_count(columns)
+        for t, adapter in enumerate(check_sequence(f"adapters[{k}]", layer)):
+            if not _fits(adapter, rows, columns, words, device):
+                _check_committed(f"adapters[{k}][{t}]", adapter, weight)
+    _check_apart(weights, weights_init, adapters)

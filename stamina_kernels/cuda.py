@@ -74,6 +74,15 @@ def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device
     return tensor.data_ptr()
 
 
+def _pointers(
+    name: str, tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> list[int]:
+    """Those of many tensors, in a third of the time."""
+    if all(t.dtype is dtype and t.device == device and t.is_contiguous() for t in tensors):
+        return [t.data_ptr() for t in tensors]
+    return [_pointer(name, tensor, dtype, device) for tensor in tensors]
+
+
 class _Group:
     """The members of a group as the library takes them."""
 
@@ -339,8 +348,9 @@ def fold_(
             w.copy_(weight_init[k])
     if not chosen:
         return
+    taken = [t for k in chosen for t in range(first[k], first[k + 1])]
     layers = [
-        Layer(
+        (
             _pointer("weight", weight[k], weight[k].dtype, device),
             _pointer("weight_init", weight_init[k], weight[k].dtype, device),
             *weight[k].shape,
@@ -349,17 +359,16 @@ def fold_(
         )
         for k in chosen
     ]
-    adapters = [
-        Adapter(
-            _pointer("A", A[t], torch.float16, device),
-            _pointer("B", B[t], torch.float16, device),
-            _pointer("bits", bits[t], torch.int32, device),
-            A[t].shape[1],
-            scale[t],
+    adapters = list(
+        zip(
+            _pointers("A", [A[t] for t in taken], torch.float16, device),
+            _pointers("B", [B[t] for t in taken], torch.float16, device),
+            _pointers("bits", [bits[t] for t in taken], torch.int32, device),
+            [A[t].shape[1] for t in taken],
+            [scale[t] for t in taken],
+            strict=True,
         )
-        for k in chosen
-        for t in range(first[k], first[k + 1])
-    ]
+    )
     overflow = torch.zeros(len(layers), dtype=torch.int32, device=device)
     _launch_fold(layers, adapters, overflow)
     overflowed = overflow.nonzero().flatten().tolist()
@@ -371,7 +380,8 @@ def fold_(
     raise reference.fold_overflow(layer, weight[layer].dtype)
 
 
-def _launch_fold(layers: list[Layer], adapters: list[Adapter], overflow: Tensor) -> None:
+def _launch_fold(layers: list[Any], adapters: list[Any], overflow: Tensor) -> None:
+    """Of every layer and adapter what `Layer` and `Adapter` hold, in their order."""
     library, device = _library(), overflow.device
     layer_table = (Layer * len(layers))(*layers)
     adapter_table = (Adapter * len(adapters))(*adapters)

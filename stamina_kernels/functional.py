@@ -7,6 +7,7 @@ along O. Every check reads metadata only, so that no call waits for a device.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,11 +19,10 @@ from stamina_kernels.checks import (
     FLOATS,
     MAX_RANK,
     SPARSE_KINDS,
-    check_apart,
-    check_committed,
     check_filled,
     check_finite,
     check_flag,
+    check_fold,
     check_group,
     check_integer,
     check_logits,
@@ -279,34 +279,10 @@ def fold_(
     ValueError names a factor that is not finite or OverflowError the layer whose dtype is too
     narrow.
     """
-    lists = {"weights": weights, "weights_init": weights_init, "adapters": adapters}
-    lengths = tuple(len(check_sequence(name, value)) for name, value in lists.items())
-    if len(set(lengths)) != 1:
-        fail("weights, weights_init and adapters", lengths, "of equal length")
-    if not weights:
-        fail("weights", "none", "at least one weight")
-    if not isinstance(weights[0], Tensor):
-        fail("weights[0]", type(weights[0]).__name__, "a tensor", TypeError)
-    device = weights[0].device
-    first = [0]
-    inputs: dict[str, Tensor] = {}
-    for k, (weight, initial, layer) in enumerate(zip(weights, weights_init, adapters, strict=True)):
-        check_tensor(f"weights[{k}]", weight, FLOATS, device)
-        check_matrix(f"weights[{k}]", weight, None, None)
-        check_filled(f"weights[{k}]", weight)
-        check_tensor(f"weights_init[{k}]", initial, (weight.dtype,), device)
-        check_matrix(f"weights_init[{k}]", initial, *weight.shape)
-        if not weight.is_contiguous():
-            fail(f"weights[{k}]", f"strides {weight.stride()}", "contiguous")
-        inputs[f"weights_init[{k}]"] = initial
-        for t, adapter in enumerate(check_sequence(f"adapters[{k}]", layer)):
-            check_committed(f"adapters[{k}][{t}]", adapter, weight)
-            for field in ("A", "B", "bits"):
-                inputs[f"adapters[{k}][{t}].{field}"] = getattr(adapter, field)
-        first.append(first[-1] + len(layer))
-    check_apart({f"weights[{k}]": weight for k, weight in enumerate(weights)}, inputs)
+    check_fold(weights, weights_init, adapters)
     flat = [adapter for layer in adapters for adapter in layer]
-    name = dispatch.resolve(backend, device.type)
+    first = list(accumulate((len(layer) for layer in adapters), initial=0))
+    name = dispatch.resolve(backend, weights[0].device.type)
     try:
         with torch.no_grad():
             torch.ops.stamina.fold_(
