@@ -162,8 +162,11 @@ def compose(
     dtype: torch.dtype,
 ) -> Tensor:
     """W_eff = W + s M (.) (A B) of the group from its bits, [sum O, I] in `dtype`, one rounding."""
+    return _compose(_Group(bits.device, A, B, weight=weight), bits, scale, dtype)
+
+
+def _compose(group: _Group, bits: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     device = bits.device
-    group = _Group(device, A, B, weight=weight)
     effective = group.empty_effective(dtype)
     with on(device):
         status = _library().stamina_compose(
@@ -327,7 +330,7 @@ def masked_linear_backward(
                 gradients.data_ptr(), scratch.data_ptr(), scratch.numel(), _stream(device),
             )  # fmt: skip
         check(library, status)
-    dx = dy @ compose(weight, A, B, bits, scale, x.dtype) if need_dx else x.new_empty(0)
+    dx = dy @ _compose(group, bits, scale, x.dtype) if need_dx else x.new_empty(0)
     return dx, gradients
 
 
