@@ -69,6 +69,9 @@ class FakeMethod:
         self.learned += 1
         return None
 
+    def abandon(self):
+        pass
+
     def save(self, state, file):
         pass
 

@@ -15,6 +15,7 @@ from stamina_adapters import (
     TokenConfig,
     add_custom_token,
     apply_stamina,
+    delete_stamina,
     fold_stamina,
     save_stamina_weights,
     set_stamina_attn_processor,
@@ -45,7 +46,8 @@ class Method(Protocol):
 
     The trainer calls `attach` once for a concept; `begin_step` before every optimiser step and
     `penalty` in it; after the last one `consolidate` and then `finish`; and `save` with what
-    `finish` returned. Between two concepts the model is a stock one, and `state_dict` holds
+    `finish` returned. Where any of them raises, or the run is interrupted, `abandon` ends the
+    concept. Between two concepts the model is a stock one, and `state_dict` holds
     all that learning the next one needs besides the model's weights and vocabulary: a new object
     that is given it by `load_state_dict` goes on with the same bits.
     """
@@ -82,6 +84,13 @@ class Method(Protocol):
 
     def finish(self) -> Any:
         """Fold the concept into the model's own weights and return what its file must hold."""
+        ...
+
+    def abandon(self) -> None:
+        """Take off what `attach` has put on, in whole or in part; nothing where nothing is on.
+
+        The model, its vocabulary and what is carried are then those of before.
+        """
         ...
 
     def save(self, state: Any, file: Path) -> None:
@@ -155,6 +164,7 @@ class StaminaMethod:
         self.adapter, self.token = adapter, token or TokenConfig()
         self.training = training or StaminaTraining()
         self._pipe: Any = None
+        self._live: str | None = None
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
         config = self.training.over(config)
@@ -163,6 +173,7 @@ class StaminaMethod:
         check_new_token(pipe, "text_encoder", concept.token)
         adapter = self.adapter.model_copy(update=seed)
         paths = apply_stamina(pipe, adapter, adapter_name=concept.name)
+        self._live = concept.name
         add_custom_token(pipe, concept.token, self.token.model_copy(update=seed))
         if AttnProcessor2_0 in map(type, pipe.unet.attn_processors.values()):
             set_stamina_attn_processor(pipe)
@@ -217,7 +228,14 @@ class StaminaMethod:
         pass
 
     def finish(self) -> Any:
-        return fold_stamina(self._pipe)
+        state = fold_stamina(self._pipe)
+        self._live = None
+        return state
+
+    def abandon(self) -> None:
+        if self._live is not None:
+            delete_stamina(self._pipe, self._live)
+            self._live = None
 
     def save(self, state: Any, file: Path) -> None:
         save_stamina_weights(file, state)

@@ -85,7 +85,20 @@ class ContinualTrainer:
         """Learn one concept and fold it; returns the method's state for its file, and the record.
 
         Raises `InputError` when the loss stops being finite, or a weight leaves its dtype's range.
+        Then, and where it is interrupted, the pipeline and the method are as before.
         """
+        try:
+            return self._learn(concept, dataset, on_step)
+        except BaseException:
+            self.method.abandon()
+            raise
+
+    def _learn(
+        self,
+        concept: ConceptSpec,
+        dataset: ConceptDataset,
+        on_step: Callable[[StepReport], None] | None,
+    ) -> tuple[Any, ConceptLog]:
         started = time.perf_counter()
         config = self.config
         generator = torch.Generator().manual_seed(concept.seed(config.seed))

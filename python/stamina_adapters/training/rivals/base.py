@@ -16,7 +16,7 @@ from stamina_adapters.config import StaminaConfig, TokenConfig
 from stamina_adapters.files import write_beside
 from stamina_adapters.inject import find_targets, init_seed, layer_id
 from stamina_adapters.models import adapted_model
-from stamina_adapters.tokens import add_custom_token, fold_custom_token
+from stamina_adapters.tokens import add_custom_token, fold_custom_token, remove_custom_token
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.rivals.delta import Delta, DeltaLinear
 
@@ -76,6 +76,8 @@ class RivalMethod:
         self._learned = 0
         self._layers: dict[str, DeltaLinear] = {}
         self._pipe: Any = None
+        self._word: str | None = None  # of the live concept
+        self._before: tuple[dict[str, dict[str, Tensor]], list[tuple[Tensor, Tensor]]] = ({}, [])
 
     @classmethod
     def build(cls: type[_Self], overrides: dict[str, Any]) -> _Self:
@@ -115,17 +117,21 @@ class RivalMethod:
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
         self._pipe, self._config, self._concept = pipe, config, concept
+        replaced: list[tuple[Tensor, Tensor]] = []
+        self._before = ({name: dict(layers) for name, layers in self._carried.items()}, replaced)
         targets = self._targets(pipe)
         seed = concept.seed(config.seed)
         seeded = self._token().model_copy(update={"seed": seed})
         token = add_custom_token(pipe, concept.token, seeded)
+        self._word = concept.token
         for path, layer in targets.items():
             number = init_seed(StaminaConfig(seed=seed), layer_id(concept.name, path))
             generator = torch.Generator().manual_seed(number)
             weight: Any = layer.weight
             if "initial" in self._carried:
-                initial = self._carried["initial"].setdefault(path, weight.detach().clone())
-                weight.data.copy_(initial)
+                before = weight.detach().clone()
+                replaced.append((weight.data, before))
+                weight.data.copy_(self._carried["initial"].setdefault(path, before))
             self._layers[path] = self.layer_type.attach(layer, self._delta(path, weight, generator))
         return self._groups(token)
 
@@ -151,13 +157,25 @@ class RivalMethod:
         for key, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{self._concept.token}: {key} is not finite")
+        fold_custom_token(self._pipe, self._concept.token)
         for path, layer in self._layers.items():
             layer.weight.copy_(self._fold(path, layer))
             layer.detach()
-        self._layers = {}
-        fold_custom_token(self._pipe, self._concept.token)
+        self._layers, self._word, self._before = {}, None, ({}, [])
         self._learned += 1
         return tensors
+
+    def abandon(self) -> None:
+        for layer in self._layers.values():
+            layer.detach()
+        carried, replaced = self._before
+        for weight, before in replaced:
+            weight.copy_(before)
+        if self._word is not None:
+            remove_custom_token(self._pipe, self._word)
+        if carried:
+            self._carried = carried
+        self._layers, self._word, self._before = {}, None, ({}, [])
 
     def save(self, state: Any, file: Path) -> None:
         write_beside(file, save(state, {"method": self.kind}))
