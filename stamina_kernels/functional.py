@@ -276,7 +276,7 @@ def fold_(
     are the same. weights and weights_init hold fp32 / bf16 / fp16 matrices O x I that do not
     overlap. Raises before anything is written for a bad argument, the values apart, which are not
     read beforehand: where a result is not finite every weight is set back to weights_init, and
-    ValueError names a factor that is not finite or OverflowError the layer whose dtype is too
+    ValueError names the input that is not finite or OverflowError the layer whose dtype is too
     narrow.
     """
     check_fold(weights, weights_init, adapters)
@@ -296,7 +296,8 @@ def fold_(
                 name,
             )
     except OverflowError:
-        for k, layer in enumerate(adapters):
+        for k, (initial, layer) in enumerate(zip(weights_init, adapters, strict=True)):
+            check_finite(f"weights_init[{k}]", initial)
             for t, adapter in enumerate(layer):
                 for field in ("A", "B"):
                     check_finite(f"adapters[{k}][{t}].{field}", getattr(adapter, field))

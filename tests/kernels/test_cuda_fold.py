@@ -114,7 +114,7 @@ def test_fold_of_regular_layers_of_several_ranks_and_shapes(cuda_device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "max", "-max"])
-def test_fold_that_overflows_in_one_element(cuda_device, dtype, value):
+def test_fold_notices_one_element_that_is_not_finite(cuda_device, dtype, value):
     """Where every row is whole vectors and where not; the largest number itself is none."""
     for shape in ((192, 128), (9, 33)):
         (adapter,) = on(cuda_device, committed(*shape, 16, 1))
@@ -129,7 +129,8 @@ def test_fold_that_overflows_in_one_element(cuda_device, dtype, value):
             fold_([weight], [start], [[adapter]], backend="cuda")
             assert torch.equal(weight, start)
             continue
-        with pytest.raises(OverflowError, match="layer 0 overflows"):
+        message = r"weights_init\[0\] must be finite, got 1 non-finite values"
+        with pytest.raises(ValueError, match=message):
             fold_([weight], [start], [[adapter]], backend="cuda")
 
 
