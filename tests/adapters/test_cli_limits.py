@@ -7,6 +7,7 @@ import pytest
 from cli_kit import refused, run
 from continual_kit import write_spec
 from pydantic import ValidationError
+from stamina_adapters import fold_stamina, save_stamina_weights
 from stamina_adapters.training.config import TrainingConfig
 
 MODEL = "--pretrained_model_name_or_path"
@@ -51,3 +52,39 @@ def test_folders_that_cannot_be_made_are_told(tmp_path):
     file.write_text("")
     refused(run("pretrain", "--output_dir", file), "--output_dir", "is a file")
     refused(run("pretrain", "--output_dir", file / "x"), "--output_dir", "cannot be made")
+
+
+@pytest.fixture
+def learned_concept(pipe, learn, tmp_path):
+    """A concept's file, learned on `model`."""
+    learn(pipe)
+    (file,) = save_stamina_weights(tmp_path / "c0.safetensors", fold_stamina(pipe))
+    return file
+
+
+def _full(*arguments, **named):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("command", "full"),
+    [
+        (("generate", "a photo", MODEL, "{model}", "--num_inference_steps", 2), "os.fsync"),
+        (
+            ("fold", "{concept}", MODEL, "{model}"),
+            "diffusers.StableDiffusionPipeline.save_pretrained",
+        ),
+        (("pretrain",), "stamina_adapters.cli.pretrain.train_embedded"),
+        (("demo",), "os.fsync"),
+    ],
+)
+def test_a_full_disk_is_told(model, tmp_path, monkeypatch, learned_concept, command, full):
+    out = tmp_path / "out"
+    option = "--output" if command[0] == "demo" else "--output_dir"
+    places = {"{model}": model, "{concept}": learned_concept}
+    arguments = [places.get(word, word) for word in command]
+    monkeypatch.setattr(full, _full)
+    outcome = run(*arguments, option, out)
+    assert outcome.exit_code == 2, outcome.output
+    assert f"error: {option} {str(out)!r}: the disk is full; free some" in outcome.stderr
+    assert not [path for path in out.rglob("*") if path.is_file()]

@@ -27,8 +27,10 @@ from stamina_adapters.cli.report import ConceptReport, DemoReport, layer_groups,
 from stamina_adapters.cli.train import learn_all, read_datasets
 from stamina_adapters.cli.workspace import (
     check_output_dir,
+    full_disk_is_told,
     load_pipeline,
     save_pipeline,
+    write_png,
 )
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.embedded import Identity, heldout_identities, load_encoder
@@ -250,8 +252,15 @@ def demo(
     output: Path, training: TrainingConfig, adapter: StaminaConfig, console: Console
 ) -> DemoReport:
     """Run it all and write it down; see `stamina demo --help`."""
-    started = time.perf_counter()
     check_output_dir(output, "--output")
+    with full_disk_is_told(output, "--output"):
+        return _demo(output, training, adapter, console)
+
+
+def _demo(
+    output: Path, training: TrainingConfig, adapter: StaminaConfig, console: Console
+) -> DemoReport:
+    started = time.perf_counter()
     trainer = ContinualTrainer(load_pipeline(model_path()), StaminaMethod(adapter), training)
     pipe = trainer.pipe
     identities, concepts = sequence_identities(), embedded_concepts(output / "images")
@@ -290,7 +299,7 @@ def demo(
         seconds=time.perf_counter() - started,
     )
     grid = gallery.grid(concepts, identities)
-    grid.save(output / "grid.png")
+    write_png(output / "grid.png", grid)
     write_beside(output / "report.json", (report.model_dump_json(indent=1) + "\n").encode())
     write_beside(output / "report.html", page(report, grid, logs).encode())
     console.print(_table(report))

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+from stamina_adapters.cli.workspace import write_png
 from stamina_adapters.embedded import Identity, assets_dir, heldout_identities
 from stamina_adapters.embedded.pictures import TRAINING_PICTURES_SEED, pictures
 from stamina_adapters.training.config import ConceptSpec
@@ -43,4 +44,4 @@ def write_embedded_images(concepts: list[ConceptSpec]) -> None:
     for concept, identity in zip(concepts, sequence_identities(), strict=True):
         concept.instance_data_dir.mkdir(parents=True)
         for number, picture in enumerate(pictures(identity, PICTURES, TRAINING_PICTURES_SEED)):
-            picture.save(concept.instance_data_dir / f"{number:02d}.png")
+            write_png(concept.instance_data_dir / f"{number:02d}.png", picture)

@@ -9,7 +9,12 @@ from rich.console import Console
 
 from stamina_adapters import ConceptState, fold_concepts, read_stamina_weights
 from stamina_adapters.cli.embedded import model_path
-from stamina_adapters.cli.workspace import check_output_dir, load_pipeline, save_pipeline
+from stamina_adapters.cli.workspace import (
+    check_output_dir,
+    full_disk_is_told,
+    load_pipeline,
+    save_pipeline,
+)
 from stamina_adapters.training.errors import InputError
 
 
@@ -20,8 +25,9 @@ def fold(model: Path | None, concepts: Sequence[Path], output_dir: Path, console
     pipe = load_pipeline(model or model_path())
     with console.status(f"folding {len(states)} concepts"):
         _fold(pipe, states)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_pipeline(pipe, output_dir)
+        with full_disk_is_told(output_dir, "--output_dir"):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            save_pipeline(pipe, output_dir)
     console.print(f"stock pipeline  {output_dir}", soft_wrap=True)
 
 

@@ -12,7 +12,9 @@ from stamina_adapters.cli.workspace import (
     check_inference_steps,
     check_output_dir,
     check_prompts,
+    full_disk_is_told,
     load_pipeline,
+    write_png,
 )
 from stamina_adapters.evaluation.sampling import generate_images
 
@@ -45,7 +47,8 @@ def generate(
             batch_size=batch_size,
             on_batch=progress.counting("pictures", len(jobs)),
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for (p, k), image in zip(jobs, images, strict=True):
-        image.save(output_dir / f"{p:02d}-{k:03d}.png")
+    with full_disk_is_told(output_dir, "--output_dir"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for (p, k), image in zip(jobs, images, strict=True):
+            write_png(output_dir / f"{p:02d}-{k:03d}.png", image)
     console.print(f"{len(images)} pictures in {output_dir}", soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stamina_adapters.cli.embedded import model_path
-from stamina_adapters.cli.workspace import load_pipeline
+from stamina_adapters.cli.workspace import full_disk_is_told, load_pipeline
 from stamina_adapters.embedded import gate
 from stamina_adapters.embedded.pretrain import OtherSeedError
 from stamina_adapters.embedded.pretrain import pretrain as train_embedded
@@ -30,7 +30,8 @@ def pretrain(output_dir: Path, seed: int | None, console: Console) -> None:
     except OSError as error:
         raise InputError(f"{where}: cannot be made ({error.strerror})") from error
     try:
-        assets = train_embedded(output_dir, **_chosen(seed))
+        with full_disk_is_told(output_dir, "--output_dir"):
+            assets = train_embedded(output_dir, **_chosen(seed))
     except OtherSeedError as error:
         raise InputError(f"{where}: {error}; choose another folder") from error
     console.print(f"model  {assets}", soft_wrap=True)

@@ -2,6 +2,7 @@
 """What the commands share: pipelines in, folders out, and the checks on both."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from stamina_adapters.files import write_beside
 from stamina_adapters.tokens import check_new_token
 from stamina_adapters.training.config import ConceptSpec, placeholders
 from stamina_adapters.training.errors import InputError
@@ -136,6 +139,13 @@ def full_disk_is_told(place: Path, argument: str) -> Iterator[None]:
             f"{argument} {str(place)!r}: the disk is full; free some or choose another folder, "
             "what is finished is kept"
         ) from error
+
+
+def write_png(file: Path, image: Image.Image) -> None:
+    """The picture, whole or not there at all."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_beside(file, buffer.getvalue())
 
 
 def save_pipeline(pipe: Any, folder: Path) -> None:
