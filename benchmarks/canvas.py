@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.record import Result, Row, milliseconds, write_beside
+from benchmarks.record import Result, Row, by_kernels, milliseconds, write_beside
 
 # colour, hatch; a compiled rival has the colour of the code that it compiles
 LOOK: dict[str, tuple[str, str]] = {
@@ -157,7 +157,11 @@ def log_axis(axes: Axes, lowest: float) -> None:
 
 
 def _whisker(row: Row) -> tuple[float, float]:
-    """From p20 to the median and from there to p80, of what `milliseconds` takes."""
+    """From p20 to the median and from there to p80, of what `milliseconds` takes.
+
+    A sum over kernels has none."""
+    if by_kernels(row):
+        return 0.0, 0.0
     prefix = "device_" if row["device_ms"] is not None else ""
     low, high, middle = row[f"{prefix}p20_ms"], row[f"{prefix}p80_ms"], milliseconds(row)  # type: ignore[literal-required]
     if middle is None or low is None or high is None:

@@ -65,6 +65,8 @@ def wall(call: Call, device: str) -> dict[str, float]:
 class _Event(Protocol):
     def record(self) -> None: ...
 
+    def query(self) -> bool: ...
+
     def elapsed_time(self, end_event: Any) -> float: ...
 
 
@@ -73,6 +75,9 @@ class _HostEvent:
 
     def record(self) -> None:
         self._at = time.perf_counter()
+
+    def query(self) -> bool:
+        return False  # never ahead of the host
 
     def elapsed_time(self, end_event: "_HostEvent") -> float:
         return 1e3 * (end_event._at - self._at)
@@ -94,8 +99,9 @@ class DeviceClock:
     """Milliseconds of every part between events on the device, from a cold L2 cache.
 
     The cache is overwritten before each call, and again until that lasts longer than the host may
-    take to enqueue the call: between events that the device reaches before the host has launched
-    the next kernel one would time the host.
+    take to enqueue the call. Where the device begins before all is enqueued, because that takes
+    longer still or because the call itself waits for the device, the events would time the host:
+    then there is no time.
     """
 
     def __init__(self, device: str) -> None:
@@ -130,12 +136,15 @@ class DeviceClock:
         for part, event in zip(call.parts.values(), events[1:], strict=True):
             value = part(value)
             event.record()
+        begun = events[0].query()
         synchronize(self._device)
+        if begun:
+            return {}
         return _by_pass(list(call.parts), [events[0].elapsed_time(event) for event in events])
 
 
 def wall_and_device(call: Call, clock: DeviceClock, device: str) -> dict[str, float]:
-    """Both, the device's under keys that begin with DEVICE."""
+    """Both, the device's, where it has one, under keys that begin with DEVICE."""
     times = wall(call, device)
     by_events = clock(call, lead_ms=max(times.values()))
     return times | {DEVICE + name: value for name, value in by_events.items()}

@@ -26,7 +26,8 @@ class Measurement:
     """One row of a result, before it knows its suite and machine. Times in ms; null: not measured.
 
     median_ms      as the caller waits for it, with p20 and p80
-    device_ms      between events on the device, from a cold cache, with p20 and p80
+    device_ms      between events on the device, from a cold cache, with p20 and p80; none where the
+                   host could not enqueue all of the call ahead of it
     busy_ms        sum over the kernels, launches their number, in one profiled call
     gb_s, tflop_s  of what the formula must move and multiply, while the kernels run
     error          relative RMS error against fp64, error_limit the most that passes the check
@@ -154,16 +155,17 @@ def timed(
     """A measurement of the times of one pass: medians, and the spread as 20 and 80 per cent.
 
     times holds the pass's wall times under its name and what else was sampled under the prefixes
-    of `clock`. The rates are of the kernels' time, or of the time between events where no kernel
-    was seen.
+    of `clock`; fewer than half as many samples between events are no median. The rates are of the
+    kernels' time, or of the time between events where no kernel was seen.
     """
     p20, median, p80 = _quantiles(times[pass_])
     found = {"median_ms": median, "p20_ms": p20, "p80_ms": p80}
-    if samples := times.get(DEVICE + pass_):
+    samples = times.get(DEVICE + pass_) or []
+    if 2 * len(samples) >= len(times[pass_]):
         names = ("device_p20_ms", "device_ms", "device_p80_ms")
         found |= dict(zip(names, _quantiles(samples), strict=True))
-    if samples := times.get(BUSY + pass_):
-        found |= {"busy_ms": _quantiles(samples)[1]}
+    if times.get(BUSY + pass_):
+        found |= {"busy_ms": _quantiles(times[BUSY + pass_])[1]}
         found |= {"launches": _quantiles(times[LAUNCHES + pass_])[1]}
     running = found.get("busy_ms") or found.get("device_ms")
     if work and running:

@@ -36,6 +36,8 @@ Row = TypedDict(
 )
 
 
+# Of the machine, what tables and pictures need.
+_MACHINE = {"cpu", "device", "threads"}
 # What results of before devices had clocks lack.
 _LATER = ("device_ms", "device_p20_ms", "device_p80_ms", "busy_ms", "launches", "gb_s", "tflop_s")
 
@@ -54,9 +56,28 @@ class Result(TypedDict):
     errors: dict[str, str]
 
 
+def device_ms(row: Row) -> float | None:
+    return row["device_ms"]
+
+
+def busy_ms(row: Row) -> float | None:
+    return row["busy_ms"]
+
+
+def wall_ms(row: Row) -> float | None:
+    return row["median_ms"]
+
+
+def by_kernels(row: Row) -> bool:
+    """Whether the row is shown by the time of its kernels, for want of one between events."""
+    return device_ms(row) is None and busy_ms(row) is not None
+
+
 def milliseconds(row: Row) -> float | None:
-    """The time that a row is compared by: the device's where it was measured, else the caller's."""
-    return row["device_ms"] if row["device_ms"] is not None else row["median_ms"]
+    """The time that a row is shown by: between events on the device, else of its kernels, else the
+    caller's."""
+    times = (device_ms(row), busy_ms(row), wall_ms(row))
+    return next((time for time in times if time is not None), None)
 
 
 def failed(row: Row) -> bool:
@@ -80,7 +101,15 @@ def read(file: Path) -> Result:
         result = {"skipped": {}, "errors": {}} | result
     if not isinstance(result, dict) or not set(Result.__annotations__) <= set(result):
         raise InputError(f"{file} is not a result of `python -m benchmarks run`")
-    result["rows"] = [dict.fromkeys(_LATER) | row for row in result["rows"]]
+    rows = result["rows"]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{file} has rows that are no objects")
+    for name in ("machine", "versions", "summary", "skipped", "errors"):
+        if not isinstance(result[name], dict):
+            raise InputError(f"{file}: {name!r} is no object")
+    if missing := sorted(_MACHINE - set(result["machine"])):
+        raise InputError(f"{file}: 'machine' lacks {', '.join(missing)}")
+    result["rows"] = [dict.fromkeys(_LATER) | row for row in rows]
     if any(set(Row.__annotations__) - set(row) for row in result["rows"]):
         raise InputError(f"{file} has rows that lack fields of this version")
     return result  # type: ignore[return-value]

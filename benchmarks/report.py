@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table as ScreenTable
 
-from benchmarks.record import Result, Row, failed, key, milliseconds
+from benchmarks.record import Result, Row, busy_ms, by_kernels, device_ms, failed, key, milliseconds
 from benchmarks.summary import Summary, Table
 
 REFUSED = "refused: check failed"
@@ -98,13 +98,19 @@ def _cell(row: Row | None) -> str:
         return ""
     if failed(row):
         return REFUSED
-    return number(_quantity(row)[1])
+    cell = number(_quantity(row)[1])
+    return f"{cell} {_KERNELS}" if by_kernels(row) else cell
 
 
-_DETAILS: dict[str, str] = {
+_KERNELS = "(kernels)"
+_FIGURES: dict[str, str] = {
     "wall ms": "median_ms", "kernels ms": "busy_ms", "launches": "launches", "GB/s": "gb_s",
-    "TFLOP/s": "tflop_s", "saved MiB": "saved_mib", "peak MiB": "peak_mib", "error": "error",
+    "TFLOP/s": "tflop_s", "saved MiB": "saved_mib", "peak MiB": "peak_mib",
 }  # fmt: skip
+
+
+def _on_device(row: Row) -> bool:
+    return device_ms(row) is not None or busy_ms(row) is not None
 
 
 def _details(rows: Sequence[Row]) -> list[str]:
@@ -112,13 +118,17 @@ def _details(rows: Sequence[Row]) -> list[str]:
     body = [
         [
             f"{row['case']}, {row['pass']}, {row['provider']}",
-            REFUSED if failed(row) else number(row["device_ms"]),
-            *(number(row[field]) for field in _DETAILS.values()),  # type: ignore[literal-required]
+            *(
+                [REFUSED, *["-"] * len(_FIGURES)]
+                if failed(row)
+                else [number(row[field]) for field in ("device_ms", *_FIGURES.values())]  # type: ignore[literal-required]
+            ),
+            number(row["error"]),
         ]
         for row in rows
-        if row["device_ms"] is not None
+        if _on_device(row)
     ]
-    return ["", *_markdown(["row", "device ms", *_DETAILS], body)] if body else []
+    return ["", *_markdown(["row", "device ms", *_FIGURES, "error"], body)] if body else []
 
 
 def markdown(result: Result, goals: Goals) -> str:
@@ -128,7 +138,7 @@ def markdown(result: Result, goals: Goals) -> str:
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     lines = dict.fromkeys((row["case"], row["pass"]) for row in rows)
     several = len({pass_ for _, pass_ in lines}) > 1
-    on_device = any(row["device_ms"] is not None for row in rows)
+    on_device = any(map(_on_device, rows))
     has_times = all(milliseconds(row) is not None for row in rows)
     unit = "device ms" if on_device else "median ms" if has_times else "peak MiB"
     body = [
@@ -149,6 +159,11 @@ def markdown(result: Result, goals: Goals) -> str:
         products = machine["gemm_tflops_by_dtype"].items()
         rates = ", ".join(f"{dtype} {number(rate)}" for dtype, rate in products)
         about += f" Ceilings: copy {number(machine['copy_gb_s'])} GB/s; GEMM {rates} TFLOP/s."
+    if any(map(by_kernels, rows)):
+        about += (
+            f" {_KERNELS}: the sum over the kernels, because the host could not enqueue the call "
+            "ahead of the device, and events would have timed the host."
+        )
     summary = [[f"`{name}`", *others] for name, *others in _summary_cells(result["summary"], goals)]
     left_out = [f"- {what}: {why}" for what, why in (result["skipped"] | result["errors"]).items()]
     return "\n".join(

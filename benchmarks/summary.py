@@ -4,7 +4,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.record import Row, failed
+from benchmarks.record import Row, failed, wall_ms
 
 Summary = dict[str, float | None]
 
@@ -31,19 +31,16 @@ class Table:
         return min(rows, key=lambda row: row["median_ms"] or math.inf, default=None)
 
 
-def wall_ms(row: Row) -> float | None:
-    return row["median_ms"]
-
-
 def mean_ratio(
     cases: Iterable[str],
     above: Callable[[str], Row | None],
     below: Callable[[str], Row | None],
-    value: Callable[[Row], float | None] = wall_ms,
+    *values: Callable[[Row], float | None],
 ) -> float | None:
-    """Geometric mean over cases of the ratio above / below, of medians of wall time or a value.
+    """Geometric mean over cases of the ratio above / below of the first value that both rows have;
+    without any of medians of wall time.
 
-    Cases that either lacks, or that lack the value, are left out. None where there is none, or a
+    Cases that either lacks, or that lack all values, are left out. None where there is none, or a
     check of any row failed.
     """
     pairs = [
@@ -53,8 +50,11 @@ def mean_ratio(
     ]
     if any(failed(row) for pair in pairs for row in pair):
         return None
-    values = [(value(upper), value(lower)) for upper, lower in pairs]
-    return geometric_mean(upper / lower for upper, lower in values if upper and lower)
+    ratios = (
+        next((a / b for value in values or (wall_ms,) if (a := value(u)) and (b := value(v))), None)
+        for u, v in pairs
+    )
+    return geometric_mean(ratio for ratio in ratios if ratio)
 
 
 def speedup(

@@ -3,15 +3,16 @@
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.record import Row, milliseconds
+from benchmarks.record import Row, busy_ms, device_ms, wall_ms
 from benchmarks.rivals import OURS
 from benchmarks.suites.suite import Settings
-from benchmarks.summary import Summary, Table, mean_ratio, wall_ms
+from benchmarks.summary import Summary, Table, mean_ratio
 
 ROUNDS, QUICK_ROUNDS = 25, 1
 KERNELS = tuple(name for name, backend in OURS.items() if backend != "reference")
 """Ours without the definition, which would take minutes for a whole model."""
-CLOCKS = {"device": milliseconds, "wall": wall_ms}
+CLOCKS = {"device": (device_ms, busy_ms), "wall": (wall_ms,)}
+"""Of two rows, times between events on the device where both have them, else of their kernels."""
 
 
 def dtype(settings: Settings) -> str:
@@ -38,9 +39,9 @@ def ratios(
             cases,
             lambda case: table.find(case, above, pass_),
             lambda case: table.find(case, below, pass_),
-            value,
+            *values,
         )
-        for clock, value in CLOCKS.items()
+        for clock, values in CLOCKS.items()
     }
 
 

@@ -125,9 +125,9 @@ def _at_once_ratios(table: Table, cases: Sequence[str], rival: str, provider: st
             cases,
             lambda case: table.find(case.replace(AT_ONCE.label, SDXL.label), rival),
             lambda case: table.find(case, provider),
-            value,
+            *values,
         )
-        for clock, value in gpu.CLOCKS.items()
+        for clock, values in gpu.CLOCKS.items()
     }
 
 

@@ -69,7 +69,17 @@ def test_unusable_device(no_work, tmp_path):
     refused(command("run", "linear", "--json", tmp_path / "a.json", "--device", "tpu"), "--device")
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"rows": []}'])
+WHOLE = '"machine": {"cpu": "c", "device": "cpu", "threads": 1}, "versions": {}, "summary": {}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None, "{", "[]", '{"rows": []}', f'{{"rows": 7, {WHOLE}}}', f'{{"rows": [1], {WHOLE}}}',
+        '{"rows": [], "machine": {}, "versions": {}, "summary": {}}',
+        '{"rows": [], "machine": 3, "versions": {}, "summary": {}}',
+    ],
+)  # fmt: skip
 def test_unreadable_result(tmp_path, text):
     file = tmp_path / "result.json"
     if text is not None:

@@ -17,8 +17,9 @@ from benchmarks.measure import Measurement, error_limit, timed
 from benchmarks.operations import OPERATIONS
 from benchmarks.problem import make_problem
 from benchmarks.rivals import RIVALS
-from benchmarks.suites import SUITES
+from benchmarks.suites import SUITES, gpu
 from benchmarks.suites.suite import Outcome, Suite, Task, attempt
+from benchmarks.summary import Table
 
 SMALL = LinearCase(64, (32, 48), 10, rank=4)
 LIMIT = error_limit(torch.float32)
@@ -74,6 +75,73 @@ def test_the_cache_is_overwritten_for_longer_than_the_host_may_take(lead_ms, wri
     device_clock._cover = SimpleNamespace(zero_=lambda: calls.append(1))
     device_clock.flush(lead_ms)
     assert len(calls) == writes
+
+
+class FakeEvent:
+    """Of a device that has begun, or not, when the host has enqueued all."""
+
+    begun = False
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def query(self):
+        return self.begun
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+def test_no_time_of_the_device_where_it_began_before_all_was_enqueued(monkeypatch):
+    """Events would have timed the host, or how long the call waited for the device itself."""
+    monkeypatch.setattr(clock, "_event", lambda device: FakeEvent())
+    call = sleeping(0.001)
+    assert DeviceClock("cpu")(call, lead_ms=100.0)["step"] >= 2
+    monkeypatch.setattr(FakeEvent, "begun", True)
+    assert DeviceClock("cpu")(call, lead_ms=100.0) == {}
+    assert list(wall_and_device(call, DeviceClock("cpu"), "cpu")) == ["forward", "backward", "step"]
+
+
+def test_a_few_samples_between_events_are_no_median():
+    times = {"step": [2.0, 4.0, 3.0, 3.0], "device.step": [1.0], "busy.step": [0.5]}
+    row = timed("case", "ours", "step", times | {"launches.step": [7.0]})
+    assert (row.median_ms, row.device_ms, row.device_p20_ms, row.busy_ms) == (3.0, None, None, 0.5)
+    row = timed("case", "ours", "step", {**times, "device.step": [1.0, 2.0]} | {"busy.step": []})
+    assert (row.device_ms, row.busy_ms) == (1.5, None)
+
+
+def test_times_of_a_device_are_compared_like_with_like():
+    """Between events where both rows have that, else by the kernels of both."""
+
+    def of(case, provider, wall, device, busy):
+        what = {
+            "case": case,
+            "provider": provider,
+            "pass": "step",
+            "error": 0.0,
+            "error_limit": 1.0,
+        }
+        return what | {"median_ms": wall, "device_ms": device, "busy_ms": busy}
+
+    rows = [
+        of("a", "eager", 60.0, None, 12.0), of("a", "ours", 20.0, 6.0, 4.0),
+        of("b", "eager", 60.0, 12.0, 11.0), of("b", "ours", 20.0, 6.0, 4.0),
+        of("c", "eager", 60.0, None, None), of("c", "ours", 20.0, 6.0, 4.0),
+    ]  # fmt: skip
+    for cases, device in ((["a"], 3.0), (["b"], 2.0), (["a", "b"], 6**0.5), (["c"], None)):
+        found = gpu.ratios(Table(rows), cases, "eager", "ours", "x")
+        assert found == {"x.device": pytest.approx(device), "x.wall": pytest.approx(3.0)}
+
+
+def test_a_time_of_kernels_is_marked_and_a_failed_row_shows_no_figure(results):
+    result = dict(results["gpu-kv"])
+    shown, wrong, *_ = (dict(r) for r in result["rows"] if r["pass"] == "step")
+    shown |= {"device_ms": None, "busy_ms": 12.5}
+    wrong |= {"median_ms": 77.7, "error": 1.0}
+    text = report.markdown(result | {"rows": [shown, wrong]}, {})
+    assert "12.5 (kernels)" in text and "would have timed the host" in text
+    assert "77.7" not in text
+    assert text.count("refused: check failed") == 2
 
 
 class FakeProfiler:
