@@ -174,6 +174,26 @@ def check_members(projections: Any) -> None:
     check_matrix("projections[0].weight", weight, None, None)
 
 
+def check_streams(group: Sequence[MaskedProjection]) -> None:
+    """No two projections draw the same numbers: those of one layer_id are shards, apart."""
+    by_layer: dict[int, list[int]] = {}
+    for k, p in enumerate(group):
+        rows, columns = p.weight.shape
+        for j in by_layer.setdefault(p.layer_id, []):
+            q = group[j]
+            if (
+                p.row0 < q.row0 + q.weight.shape[0]
+                and q.row0 < p.row0 + rows
+                and p.col0 < q.col0 + columns
+                and q.col0 < p.col0 + columns
+            ):
+                wanted = (
+                    f"another than that of projections[{j}], whose random numbers it would draw"
+                )
+                fail(f"projections[{k}].layer_id", p.layer_id, wanted)
+        by_layer[p.layer_id].append(k)
+
+
 def check_group(group: Sequence[MaskedProjection], in_features: int, device: torch.device) -> None:
     for k, projection in enumerate(group):
         check_projection(f"projections[{k}].", projection, in_features, device)

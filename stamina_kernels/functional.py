@@ -33,6 +33,7 @@ from stamina_kernels.checks import (
     check_rank,
     check_scalar,
     check_sequence,
+    check_streams,
     check_tensor,
     fail,
 )
@@ -83,7 +84,9 @@ def masked_linear(
 
     x [..., I] is fp32, bf16 or fp16 and sets the dtype of the computation; weights have the same
     dtype or a wider one. Under autocast x is cast to autocast's dtype. scale, tau (fp32), seed,
-    step (int64) are 0-dim tensors on x's device. hard selects M = [L > 0] instead of the sample
+    step (int64) are 0-dim tensors on x's device; tau is above 0, which is not checked: no check
+    waits for a device. Where masks are sampled, projections of one layer_id are shards of a layer,
+    apart in row0 or col0. hard selects M = [L > 0] instead of the sample
     [u < sigmoid(L)].
     Differentiable in x, A, B, U, V, b through y and both scalars (straight-through in the mask).
     One bit per weight is saved for the backward.
@@ -108,6 +111,8 @@ def masked_linear(
     for name, scalar in (("seed", seed), ("step", step)):
         check_scalar(name, scalar, (torch.int64,), x.device)
     check_flag("hard", hard)
+    if not hard:
+        check_streams(group)
     if sparse_kind not in SPARSE_KINDS:
         fail("sparse_kind", repr(sparse_kind), " or ".join(map(repr, SPARSE_KINDS)))
     computed = _autocast(x)
@@ -151,6 +156,8 @@ def sample_mask(
     for name, scalar in (("seed", seed), ("step", step)):
         check_scalar(name, scalar, (torch.int64,), device)
     check_flag("hard", hard)
+    if not hard:
+        check_streams(group)
     factors = [[t.detach() for t in _column(group, f)] for f in ("U", "V", "b")]
     bits: Tensor = torch.ops.stamina.sample(
         *factors, seed, step, *(_column(group, f) for f in ("layer_id", "row0", "col0")), hard,

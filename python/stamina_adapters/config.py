@@ -12,34 +12,55 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class StaminaConfig(BaseModel):
-    """One concept's masked low-rank adapter, W + (alpha / r) M (.) (A B) per adapted projection.
-
-    r               rank of A B
-    alpha           numerator of the scale s = alpha / r; None means r, so that s = 1
-    mask_rank       rank m of the mask logits L = U V + b
-    target_modules  a layer is adapted when its path in the model is one of these or ends in
-                    "." + one of these
-    mask_generator  where U and V come from: "embedding_mlp" (MLPs over learned row and column
-                    embeddings), "constant_mlp" (MLPs on a constant input), "free" (parameters)
-    density_init    b starts at logit(density_init), so the mean chance to keep a weight is near it
-    logit_std       standard deviation of U V at the start
-    tau             temperature of the straight-through gradient; the mask does not depend on it
-    sparse_kind     sparsity scalar, sum sigmoid(L) or sum relu(L)
-    seed            seeds the initial factors and, with the adapter's name, the masks
-    """
+    """One concept's masked low-rank adapter, W + (alpha / r) M (.) (A B) per adapted projection."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    r: int = Field(default=16, ge=1, le=256)
-    alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    mask_rank: int = Field(default=16, ge=1, le=256)
-    target_modules: tuple[str, ...] = Field(default=("attn2.to_k", "attn2.to_v"), min_length=1)
-    mask_generator: Literal["embedding_mlp", "constant_mlp", "free"] = "embedding_mlp"
-    density_init: float = Field(default=0.7, gt=0, lt=1)
-    logit_std: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    tau: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    sparse_kind: Literal["sigmoid", "relu"] = "sigmoid"
-    seed: Seed = 0
+    r: int = Field(default=16, ge=1, le=256, description="rank of A B")
+    alpha: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="numerator of the scale s = alpha / rank; None: the rank, so that s = 1",
+    )
+    mask_rank: int = Field(
+        default=16, ge=1, le=256, description="rank of U V in the mask logits L = U V + b"
+    )
+    target_modules: tuple[str, ...] = Field(
+        default=("attn2.to_k", "attn2.to_v"),
+        min_length=1,
+        description="a layer is adapted when its path in the model is one of these or ends in "
+        '"." + one of these',
+    )
+    mask_generator: Literal["embedding_mlp", "constant_mlp", "free"] = Field(
+        default="embedding_mlp",
+        description="where U and V come from: embedding_mlp (MLPs over learned row and column "
+        "embeddings), constant_mlp (MLPs on a constant input), free (parameters)",
+    )
+    density_init: float = Field(
+        default=0.7,
+        gt=0,
+        lt=1,
+        description="b starts at its logit, so the mean chance to keep a weight is near it",
+    )
+    logit_std: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="standard deviation of U V at the start",
+    )
+    tau: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="temperature of the straight-through gradient; the mask does not depend on it",
+    )
+    sparse_kind: Literal["sigmoid", "relu"] = Field(
+        default="sigmoid", description="sparsity scalar: sum sigmoid(L) or sum relu(L)"
+    )
+    seed: Seed = Field(
+        default=0, description="seeds the initial factors and, with the adapter's name, the masks"
+    )
 
     @property
     def scale(self) -> float:

@@ -4,10 +4,19 @@
 from stamina_adapters.cli import app
 from typer.testing import CliRunner
 
+MODEL = "--pretrained_model_name_or_path"
+STEPS = ["--max_train_steps", "3", "--train_batch_size", "2", "--rank", "2", "--mask_rank", "2"]
+
 
 def run(*arguments):
     """A command's outcome."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def train(model, concepts, output, *more):
+    """The outcome of a short training."""
+    where = (MODEL, model, "--concepts_list", concepts, "--output_dir", output)
+    return run("train", *where, *STEPS, *more)
 
 
 def refused(outcome, *words):

@@ -29,6 +29,8 @@ class FakeMethod:
         self.carried: dict[str, torch.Tensor] = {}
         self.learned = 0
 
+    reads = frozenset()
+
     def attach(self, pipe, concept, config):
         self.pipe, self.token = pipe, concept.token
         word = add_custom_token(pipe, concept.token)

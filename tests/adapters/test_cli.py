@@ -3,68 +3,28 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import pytest
 import torch
-from cli_kit import refused, run, tree
+from cli_kit import MODEL, refused, run, train, tree
+from continual_kit import write_concepts
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-
-STEPS = ["--max_train_steps", "3", "--train_batch_size", "2", "--rank", "2", "--mask_rank", "2"]
-
-
-def _pictures(folder, count=2):
-    folder.mkdir(parents=True)
-    for number in range(count):
-        Image.linear_gradient("L").rotate(90 * number).resize((10, 10)).convert("RGB").save(
-            folder / f"{number}.png"
-        )
-    return folder
+from stamina_adapters import StaminaConfig
 
 
 @pytest.fixture
 def concepts(tmp_path):
     """A concept list of two concepts, as JSON."""
-    entries = [
-        {
-            "instance_prompt": f"a photo of <v{number}>",
-            "instance_data_dir": str(_pictures(tmp_path / "data" / f"v{number}")),
-        }
-        for number in (1, 2)
-    ]
-    file = tmp_path / "concepts.json"
-    file.write_text(json.dumps(entries))
-    return file
-
-
-def train(model, concepts, output, *more):
-    return run(
-        "train",
-        "--pretrained_model_name_or_path",
-        model,
-        "--concepts_list",
-        concepts,
-        "--output_dir",
-        output,
-        *STEPS,
-        *more,
-    )
+    return write_concepts(tmp_path, 2)
 
 
 @pytest.fixture(scope="session")
 def trained(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    entries = [
-        {
-            "instance_prompt": f"a photo of <v{number}>",
-            "instance_data_dir": str(_pictures(folder / f"v{number}")),
-        }
-        for number in (1, 2)
-    ]
-    (folder / "c.json").write_text(json.dumps(entries))
-    outcome = train(model, folder / "c.json", folder / "out")
+    outcome = train(model, write_concepts(folder, 2), folder / "out")
     assert outcome.exit_code == 0, outcome.output
     return folder / "out"
 
@@ -132,11 +92,38 @@ def test_generate_writes_pictures_that_depend_on_the_seed_alone(trained, tmp_pat
     assert first != other
 
 
+def test_one_picture_is_not_called_pictures(trained, tmp_path):
+    few = ("--num_images_per_prompt", 1, "--num_inference_steps", 1)
+    out = tmp_path / "out"
+    outcome = run("generate", "<v1>", MODEL, trained, *few, "--output_dir", out)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stdout.splitlines() == ["draw 1 picture", f"1 picture in {out}"]
+    judged = run("evaluate", MODEL, trained, "--concepts_list", write_concepts(tmp_path, 2), *few)
+    assert judged.exit_code == 0, judged.output
+    assert "1 picture each" in judged.stdout
+
+
+def _shown(*arguments):
+    outcome = run(*arguments)
+    assert outcome.exit_code == 0, outcome.output
+    return re.sub(r"\x1b\[[0-9;]*m", "", outcome.stdout)
+
+
 def test_options_have_diffusers_spelling():
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", run("train", "--help").stdout)
+    shown = _shown("train", "--help")
     for option in ("--output_dir", "--max_train_steps", "--learning_rate", "--train_batch_size"):
         assert option in shown
-    assert run("train", "--help").exit_code == 0
+
+
+def test_every_option_of_an_adapter_is_explained():
+    adapter = _shown("train", "--help").partition("Adapter")[2]
+    assert "rank of A B" in adapter
+    assert all(field.description for field in StaminaConfig.model_fields.values())
+
+
+def test_the_version_is_the_packages():
+    assert _shown("--version") == f"stamina-kernels {version('stamina-kernels')}\n"
+    assert "one concept after the other" in _shown("--help")
 
 
 # Each case spoils one thing of a sound call of `train`; nothing may be written or changed.
@@ -158,7 +145,7 @@ def _empty_folder(tmp_path, file):
 
 
 def _corrupt_image(tmp_path, file):
-    picture = tmp_path / "data" / "v2" / "1.png"
+    picture = tmp_path / "data2" / "1.png"
     picture.write_bytes(picture.read_bytes()[:60])
     return {}
 
@@ -204,7 +191,7 @@ def _missing_model(tmp_path, file):
 
 
 def _no_pipeline(tmp_path, file):
-    return {"model": tmp_path / "data"}
+    return {"model": tmp_path / "data1"}
 
 
 def _other_pipeline(tmp_path, file):
@@ -348,6 +335,7 @@ def test_fold_refuses_files_that_do_not_fit(trained, model, tmp_path):
     file = trained / "concepts" / "v1.safetensors"
     out = tmp_path / "out"
     refused(_fold(model, out, tmp_path / "absent"), "CONCEPTS", "no such file; give files")
+    refused(_fold(model, out, file.parent), "CONCEPTS", "is a folder; give its files")
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:100])
     refused(_fold(model, out, tmp_path / "cut.safetensors"), "CONCEPTS", "cut.safetensors")
     refused(_fold(model, out, file, file), "CONCEPTS", "v1")

@@ -4,13 +4,13 @@
 import json
 
 import pytest
-from cli_kit import refused, run
-from continual_kit import write_spec
+from cli_kit import MODEL, refused, run
+from continual_kit import write_concepts, write_spec
 from pydantic import ValidationError
 from stamina_adapters import fold_stamina, save_stamina_weights
 from stamina_adapters.training.config import TrainingConfig
 
-MODEL = "--pretrained_model_name_or_path"
+from stamina_kernels import dispatch
 
 
 def _generate(model, out, *more):
@@ -34,6 +34,15 @@ def test_a_benchmark_with_too_many_steps_is_refused_before_anything_is_learned(m
     assert not runs.exists()
 
 
+@pytest.mark.parametrize("scale", ["inf", "nan"])
+def test_guidance_that_is_not_finite_is_refused(model, tmp_path, scale):
+    message = f"--guidance_scale {scale}: must be a finite number"
+    refused(_generate(model, tmp_path / "out", "--guidance_scale", scale), message)
+    assert not (tmp_path / "out").exists()
+    given = (MODEL, model, "--concepts_list", tmp_path / "none.json", "--guidance_scale", scale)
+    refused(run("evaluate", *given), message)
+
+
 def test_seeds_beyond_a_generators_are_refused(model, tmp_path):
     outcome = _generate(model, tmp_path / "out", "--seed", 2**63)
     assert outcome.exit_code == 2
@@ -52,6 +61,40 @@ def test_folders_that_cannot_be_made_are_told(tmp_path):
     file.write_text("")
     refused(run("pretrain", "--output_dir", file), "--output_dir", "is a file")
     refused(run("pretrain", "--output_dir", file / "x"), "--output_dir", "cannot be made")
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Backend `triton` cannot run on the CPU; no answer is remembered from or for another test."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._unavailable_reason.cache_clear()
+    yield
+    dispatch._unavailable_reason.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("nope", "backend must be one of reference, cpu, triton, cuda, got 'nope'"),
+        ("triton", "backend 'triton' (from the environment variable STAMINA_BACKEND) cannot be"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_before_any_folder_is_made(
+    model, tmp_path, monkeypatch, no_interpreter, backend, message
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("STAMINA_BACKEND", backend)
+    out = tmp_path / "out"
+    concepts = write_concepts(tmp_path / "concepts", 1)
+    spec = write_spec(tmp_path / "spec", model, methods={"stamina": {}})
+    for command in (
+        ("train", MODEL, model, "--concepts_list", concepts, "--output_dir", out),
+        ("generate", "a photo", MODEL, model, "--output_dir", out),
+        ("demo", "--output", out),
+        ("benchmark", "--sequence", spec, "--output", out),
+    ):
+        refused(run(*command), message)
+        assert not out.exists()
 
 
 @pytest.fixture

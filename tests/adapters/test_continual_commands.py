@@ -256,6 +256,13 @@ def test_a_benchmark_is_refused_before_it_begins(spec, tmp_path, spoil, words):
         ("stamina", {"adapter": {"target_modules": ["conv_in"]}}, "convolutions cannot be adapted"),
         ("orthogonal", {"r": 41}, "r must be at most 40"),
         ("lora", {"target_modules": ["nothing"]}, "is named or ends in 'nothing'"),
+        (
+            "lora",
+            {"target_modules": ["conv_in"]},
+            "only a plain nn.Linear can be adapted, 'conv_in'",
+        ),
+        ("lora", {"learning_rate": float("inf")}, "learning_rate"),
+        ("lora", {"rank": 4}, "settings of 'lora': unknown key 'rank'; remove it"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused_before_it_begins(
@@ -267,6 +274,44 @@ def test_settings_that_do_not_fit_the_model_are_refused_before_it_begins(
     outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
     refused(outcome, "--sequence: methods.line: ", words)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "training"),
+    [("lora", {"learning_rate": 1.0, "preserve_weight": 7}), ("stamina", {"seed": 99})],
+)
+def test_training_settings_that_a_line_would_not_read_are_refused(
+    spec, tmp_path, monkeypatch, method, training
+):
+    monkeypatch.setattr("stamina_adapters.cli.benchmark.default_registry", default_registry)
+    _edit(spec, methods={"line": {"method": method, "training": training}})
+    before = tree(tmp_path)
+    outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
+    unread = ", ".join(sorted(training))
+    refused(outcome, f"methods.line.training: {method!r} does not read {unread}; its own settings")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["pair", "family"])
+def test_prompts_that_the_model_would_cut_are_refused(spec, tmp_path, name):
+    fields = {"pair": "{first} and {second}", "family": "{family}"}
+    _edit(spec, prompts={name: f"{'a ' * 90}{fields[name]}"})
+    before = tree(tmp_path)
+    outcome = run("benchmark", "--sequence", spec, "--output", tmp_path / "out")
+    refused(outcome, f"--sequence: prompts.{name} has ", "shorten it to")
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_benchmark_needs_no_room(spec, tmp_path, monkeypatch):
+    arguments = ("benchmark", "--sequence", spec, "--methods", "fake", "--output", tmp_path / "out")
+    assert run(*arguments).exit_code == 0
+
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr("stamina_adapters.continual.folder.shutil.disk_usage", lambda path: Usage)
+    assert run(*arguments).exit_code == 0
+    refused(run(*arguments, "--seeds", "0,1"), "--output", "MiB free")
 
 
 def test_a_missing_torchmetrics_is_told_before_anything_is_made(spec, model, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from stamina_adapters.continual.report.heat import (
 )
 from stamina_adapters.continual.report.results import read_results
 from stamina_adapters.continual.report.stats import moving_mean, spread
-from stamina_adapters.continual.report.tables import growth_table
+from stamina_adapters.continual.report.tables import growth_table, mask_table
 from stamina_adapters.continual.rows import (
     CheckpointRow,
     ConceptRow,
@@ -325,6 +325,25 @@ def test_the_first_and_the_last_ten_stand_beside_each_other(tmp_path):
     short.mkdir()
     (short / "rows.jsonl").write_text("".join(map(to_line, made_run("stamina", 0, 10))))
     assert growth_table(read_results([short]).benchmarks[0]) is None
+
+
+def test_masks_are_means_of_whole_runs_and_their_spread(tmp_path):
+    """Concepts of one run differ; the deviation is that of seeds, and a run cut short is none."""
+    write(tmp_path, "a.jsonl", made_run("m", 0, 10, masks=True))
+    write(tmp_path, "b.jsonl", made_run("m", 1, 10, masks=True))
+    cut = [r for r in made_run("m", 2, 10, masks=True) if getattr(r, "task", 0) in (0, 1, 2)]
+    cut = [r for r in cut if not isinstance(r, (CheckpointRow, SummaryRow, PairRow))]
+    write(tmp_path, "c.jsonl", [*cut[:1], *(r for r in cut if isinstance(r, ConceptRow))])
+    (benchmark,) = read_results([tmp_path]).benchmarks
+    whole = [run for run in benchmark.methods["m"] if run.learned == 10]
+    assert len(benchmark.methods["m"]) == 3 and len(whole) == 2
+    means = []
+    for run in whole:
+        values = [one for row in run.concepts for one in row.overlaps]
+        means.append(sum(values) / len(values))
+    ((name, density, overlap, last),) = mask_table(benchmark).rows
+    assert (name, density, last) == ("m", "0.15 ± 0.00", "0.30 ± 0.00")
+    assert overlap == spread(means).text()
 
 
 def test_curves_and_matrices_hold_the_rows_figures(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from continual_kit import REGISTRY
 from stamina_adapters.continual.materials import embedded_identities, load_material
-from stamina_adapters.continual.registry import chosen_lines, chosen_seeds
+from stamina_adapters.continual.registry import chosen_lines, chosen_seeds, default_registry
 from stamina_adapters.continual.rows import SummaryRow
 from stamina_adapters.continual.spec import BenchmarkSpec, EmbeddedConcepts, load_spec
 from stamina_adapters.continual.tune import best, merged, trials_of, tuned, tuning_rows
@@ -87,6 +87,9 @@ def test_real_pictures_are_not_those_learned_from():
         ({"prompts": {"concept": "a photo of {token}."}}, "must hold {token} between spaces"),
         ({"prompts": {"pair": "{first} {second} {third}"}}, "holds a field it must not"),
         ({"training": {"max_train_steps": 0}}, "training.max_train_steps"),
+        ({"training": {"seed": 77}}, "seed 77 is not read: seeds come from --seeds"),
+        ({"sampling": {"guidance_scale": float("inf")}}, "sampling.guidance_scale"),
+        ({"ceiling": {"rate": float("inf")}}, "ceiling.rate"),
         ({"methods": {"fake": {"rate": 1}}}, "unknown key 'methods.fake.rate'"),
         (
             {"concepts": {"source": "folders", "concepts_list": "a"}, "ceiling": {}},
@@ -174,12 +177,36 @@ def test_every_method_has_as_many_trials():
     trials = trials_of(spec, ["fake", "other"], REGISTRY)
     assert [len(one) for one in trials.values()] == [2, 2]
     assert trials["fake"] == [{"fail_at": 3, "rate": 1e-3}, {"fail_at": 3, "rate": 1e-2}]
+    # what an earlier search picked is no part of a trial
+    picked = _spec(methods={"fake": {"settings": {"fail_at": 3, "rate": 7.0}}})
+    assert trials_of(picked, ["fake", "other"], REGISTRY) == trials
     with pytest.raises(InputError, match="trials 3: 'fake' offers 2"):
         trials_of(_spec(tuning={"trials": 3}), ["fake"], REGISTRY)
     uneven = type(REGISTRY)(REGISTRY.methods, {**REGISTRY.search, "other": [{}]})
     with pytest.raises(InputError, match="different numbers of settings"):
         trials_of(_spec(), ["fake", "other"], uneven)
+    twice = type(REGISTRY)(REGISTRY.methods, {"fake": [{"rate": 1}, {"rate": 2}, {"rate": 1}]})
+    with pytest.raises(InputError, match="trials 1 and 3 of 'fake' are the same"):
+        trials_of(_spec(), ["fake"], twice)
+    alike = _spec(methods={"again": {"method": "fake", "settings": {"rate": 5}}})
+    with pytest.raises(InputError, match="'again' would be tried with the settings of 'fake'"):
+        trials_of(alike, ["fake", "again"], REGISTRY)
     assert merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}) == {"a": {"b": 1, "c": 3}}
+
+
+def test_the_committed_search_is_what_tuning_repeats():
+    """Every trial of the committed rows, in their order, from the specification with the picks."""
+    root = Path(__file__).parents[2] / "benchmarks"
+    spec = load_spec(root / "sequences/continual50.json")
+    files = sorted((root / "results/continual50").glob("tuning-*.jsonl"))
+    committed = {
+        file.stem.removeprefix("tuning-"): [
+            json.loads(line)["settings"] for line in file.read_text().splitlines()
+        ]
+        for file in files
+    }
+    assert len(committed) == 10
+    assert trials_of(spec, list(committed), default_registry()) == committed
 
 
 def test_the_best_trial_is_picked_and_enters_the_specification():

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from stamina_adapters.continual.folder import MARGIN, check_folder, check_room, claim_folder
 from stamina_adapters.continual.rows import PairRow, from_line, read_rows, to_line
 from stamina_adapters.continual.run import run_tasks
-from stamina_adapters.continual.store import Lock, RowLog, RunStore
+from stamina_adapters.continual.store import Lock, RowLog, RunStore, tasks_done
 from stamina_adapters.files import write_beside
 from stamina_adapters.training.errors import InputError
 
@@ -58,7 +58,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
         run_tasks(Counting(), RunStore(tmp_path), stop)
     again = Counting()
     store = RunStore(tmp_path)
-    assert store.done == 2
+    assert store.done == tasks_done(tmp_path) == 2
     run_tasks(again, store)
     assert again.sum.item() == 10 and again.seen == [1, 2, 3, 4]
     assert [row.after for row in store.rows(PairRow)] == [1, 2, 3, 4]
@@ -153,6 +153,11 @@ def test_a_log_drops_a_line_cut_in_two(tmp_path):
     file.write_text("{}\n")
     with pytest.raises(InputError, match="is damaged; remove it"):
         RowLog(file)
+
+
+def test_how_far_a_run_is_can_be_asked_without_making_anything(tmp_path):
+    assert tasks_done(tmp_path / "none") == 0
+    assert not (tmp_path / "none").exists()
 
 
 def test_rows_are_short_lines_that_read_back():

@@ -269,6 +269,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(pipe):
             trainer.learn(_concept(), _dataset())
 
 
+def test_a_concept_that_diverges_in_its_last_step_is_not_folded(pipe):
+    """The loss of a step is that of before it: what the last one did shows in the probe alone."""
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    trainer = _trainer(pipe, max_train_steps=1, learning_rate=1e30)
+    with pytest.raises(InputError, match="loss of <v1> became nan in the last step; lower its"):
+        trainer.learn(_concept(), _dataset())
+    after = pipe.unet.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
 def test_targets_that_match_nothing_leave_no_word(pipe):
     words = len(pipe.tokenizer)
     adapter = ADAPTER.model_copy(update={"target_modules": ("nothing",)})

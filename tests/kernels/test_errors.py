@@ -87,6 +87,23 @@ def test_bad_argument(change, message):
         call(**change)
 
 
+@pytest.mark.parametrize(("row0", "col0"), [(0, 0), (5, 0), (0, 9)])
+def test_projections_of_one_layer_are_apart(row0, col0):
+    """Or their masks would be the same, where they overlap."""
+    other = MEMBER._replace(row0=row0, col0=col0)
+    message = r"projections\[1\].layer_id must be another than that of projections\[0\]"
+    scalars = {"seed": PROBLEM.seed, "step": PROBLEM.step}
+    for refused in (
+        lambda: call(member=[MEMBER, other]),
+        lambda: sample_mask([MEMBER, other], **scalars),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    call(member=[MEMBER, other], hard=True)
+    for apart in ({"row0": 6}, {"col0": 12}, {"layer_id": MEMBER.layer_id + 1}):
+        call(member=[MEMBER, MEMBER._replace(**apart)])
+
+
 def test_group_must_agree_on_optional_tensors():
     with pytest.raises(ValueError, match=r"bias must be given for all of a group or for none"):
         call(member=[MEMBER, MEMBER._replace(bias=None)])

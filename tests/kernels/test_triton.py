@@ -82,7 +82,7 @@ def mixed_group(dtype=torch.float32, **options):
     )
     return replace(
         first,
-        group=first.group + second.group,
+        group=[p._replace(layer_id=k) for k, p in enumerate([*first.group, *second.group])],
         dy=torch.cat([first.dy, second.dy], -1),
         g_forget=torch.cat([first.g_forget, second.g_forget]),
         g_sparse=torch.cat([first.g_sparse, second.g_sparse]),

@@ -2,6 +2,7 @@
 """The commands and their options; what each does is in a module of its own, loaded when called."""
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,25 @@ _PictureSeed = Annotated[
     int, typer.Option("--seed", min=0, max=2**62, help="Picture k uses seed + k.")
 ]
 
-app = typer.Typer(
-    help="Teach a Stable Diffusion model one concept after the other, and fold each into it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stamina-kernels {metadata.version('stamina-kernels')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Teach a Stable Diffusion model one concept after the other, and fold each into it."""
 
 
 @app.command()
@@ -154,9 +169,11 @@ def evaluate(
 ) -> None:
     """Measure how well a model draws the concepts that it has learned."""
     from stamina_adapters.cli.evaluate import evaluate as run
+    from stamina_adapters.cli.workspace import check_guidance
     from stamina_adapters.continual.spec import SamplingSpec
 
     with one_line_errors():
+        check_guidance(guidance_scale)
         sampling = SamplingSpec(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

@@ -32,7 +32,7 @@ from stamina_adapters.continual.rows import LevelRow, SummaryRow, TuningRow, rea
 from stamina_adapters.continual.run import TaskFailedError, run_tasks
 from stamina_adapters.continual.snapshot import PipelineSnapshot
 from stamina_adapters.continual.spec import BenchmarkSpec, load_spec
-from stamina_adapters.continual.store import Lock, RunStore
+from stamina_adapters.continual.store import Lock, RunStore, tasks_done
 from stamina_adapters.continual.studio import Studio
 from stamina_adapters.continual.tune import trials_of, tuned, tuning_rows
 from stamina_adapters.embedded import load_encoder
@@ -41,7 +41,12 @@ from stamina_adapters.evaluation.embedder import Embedder, EncoderEmbedder
 from stamina_adapters.evaluation.judge import Judge
 from stamina_adapters.evaluation.kid import metric_class
 from stamina_adapters.files import write_beside
-from stamina_adapters.training.config import ConceptSpec, TrainingConfig, describe
+from stamina_adapters.training.config import (
+    TRAINER_FIELDS,
+    ConceptSpec,
+    TrainingConfig,
+    describe,
+)
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.trainer import ContinualTrainer
 
@@ -73,7 +78,13 @@ class _Run:
         """Its method and training settings. Raises `InputError` for settings that do not fit."""
         line, where = spec.line(self.name), f"--sequence: methods.{self.name}"
         training = spec.training_of(line.training, self.seed, f"{where}.training")
-        return registry.make(str(line.method), self.settings, where), training
+        method = registry.make(str(line.method), self.settings, where)
+        if unread := sorted(line.training.keys() - TRAINER_FIELDS - method.reads):
+            raise InputError(
+                f"{where}.training: {line.method!r} does not read {', '.join(unread)}; its own "
+                "settings go under 'settings', seeds come from --seeds"
+            )
+        return method, training
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,21 @@ def _try(pipe: Any, method: Any, concept: ConceptSpec, training: TrainingConfig,
         raise InputError(f"{where}: {' '.join(str(error).split())}") from error
 
 
+def _check_lengths(pipe: Any, spec: BenchmarkSpec, material: Material) -> None:
+    """Raise `InputError` for a pair's or a family's prompt that the model would cut short."""
+    prompts = {spec.prompts.pair.format(first="a", second="a"): "pair"} if spec.pairs else {}
+    families = {concept.family for concept in material.concepts if concept.family}
+    prompts |= {spec.prompts.family.format(family=family): "family" for family in families}
+    longest = pipe.tokenizer.model_max_length
+    for prompt, name in prompts.items():
+        length = len(pipe.tokenizer(prompt).input_ids)
+        if length > longest:
+            raise InputError(
+                f"--sequence: prompts.{name} has {length} tokens in {prompt!r}; shorten it to "
+                f"{longest}"
+            )
+
+
 def _check_runs(
     spec: BenchmarkSpec,
     pipe: Any,
@@ -152,6 +178,7 @@ def _open(
     spec.check_count(len(material.concepts), "--sequence")
     pipe = load_pipeline(spec.model or model_path())
     check_new_tokens(pipe, [c.spec for c in material.concepts], "--concepts_list")
+    _check_lengths(pipe, spec, material)
     steps = spec.sampling.num_inference_steps
     check_inference_steps(pipe, steps, "--sequence: sampling.num_inference_steps")
     origin = PipelineSnapshot(pipe)
@@ -164,8 +191,10 @@ def _open(
     }
     check_folder(output, identity)
     _check_runs(spec, pipe, material.concepts[0].spec, runs, registry)
-    # a run keeps the weights that it changed and what its method carries
-    check_room(output, len(runs) * origin.bytes)
+    # The state of a run is at most a pipeline and what its method carries, written one at a time.
+    # Where the disk fills up later, what is finished is kept.
+    if any(tasks_done(run.folder) < len(material.concepts) for run in runs):
+        check_room(output, origin.bytes)
     judge = Judge(embedder(spec.clip), [c.real for c in material.concepts], material.others)
     with Lock(output, wait=True):
         claim_folder(output, identity)

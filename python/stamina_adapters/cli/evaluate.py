@@ -16,6 +16,7 @@ from stamina_adapters.cli.train import read_datasets
 from stamina_adapters.cli.workspace import (
     MODEL,
     check_inference_steps,
+    counted,
     full_disk_is_told,
     load_pipeline,
 )
@@ -105,7 +106,9 @@ def evaluate(
     judge = Judge(judged, real_pictures, () if several else real_pictures)
     with RunProgress(console) as progress:
         drawn = Studio(sampling, progress.counting).draw(
-            pipe, [concept.instance_prompt for concept in concepts], "pictures"
+            pipe,
+            [concept.instance_prompt for concept in concepts],
+            f"draw {counted(len(concepts) * sampling.pictures, 'picture')}",
         )
     embedded = [judged.embed(images) for images in drawn]
     rows = [
@@ -153,7 +156,7 @@ def _share(value: float | None) -> str:
 def _table(figures: Figures) -> Table:
     distance = "-" if figures.kid is None else f"{1e3 * figures.kid:.3f}"
     table = Table(
-        title=f"{figures.pictures} pictures each, judged by {figures.judged_by}; "
+        title=f"{counted(figures.pictures, 'picture')} each, judged by {figures.judged_by}; "
         f"KID x 1000: {distance}"
     )
     for title in ("concept", "told as itself", "cosine to real", "MMD to real"):

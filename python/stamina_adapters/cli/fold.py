@@ -11,6 +11,7 @@ from stamina_adapters import ConceptState, fold_concepts, read_stamina_weights
 from stamina_adapters.cli.embedded import model_path
 from stamina_adapters.cli.workspace import (
     check_output_dir,
+    counted,
     full_disk_is_told,
     load_pipeline,
     save_pipeline,
@@ -23,7 +24,7 @@ def fold(model: Path | None, concepts: Sequence[Path], output_dir: Path, console
     check_output_dir(output_dir)
     states = [_read(file) for file in concepts]
     pipe = load_pipeline(model or model_path())
-    with console.status(f"folding {len(states)} concepts"):
+    with console.status(f"folding {counted(len(states), 'concept')}"):
         _fold(pipe, states)
         with full_disk_is_told(output_dir, "--output_dir"):
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,10 @@ def fold(model: Path | None, concepts: Sequence[Path], output_dir: Path, console
 
 
 def _read(file: Path) -> ConceptState:
+    if file.is_dir():
+        raise InputError(
+            f"CONCEPTS {str(file)!r}: is a folder; give its files, in the order learned"
+        )
     if not file.is_file():
         raise InputError(
             f"CONCEPTS {str(file)!r}: no such file; give files that stamina train wrote"

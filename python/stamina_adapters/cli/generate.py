@@ -9,9 +9,11 @@ from rich.console import Console
 from stamina_adapters.cli.embedded import model_path
 from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.workspace import (
+    check_guidance,
     check_inference_steps,
     check_output_dir,
     check_prompts,
+    counted,
     full_disk_is_told,
     load_pipeline,
     write_png,
@@ -33,6 +35,7 @@ def generate(
 ) -> None:
     """Check everything, then sample; see `stamina generate --help`."""
     check_output_dir(output_dir)
+    check_guidance(guidance_scale)
     pipe = load_pipeline(model or model_path())
     check_prompts(pipe, prompts)
     check_inference_steps(pipe, num_inference_steps, "--num_inference_steps")
@@ -45,10 +48,10 @@ def generate(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             batch_size=batch_size,
-            on_batch=progress.counting("pictures", len(jobs)),
+            on_batch=progress.counting(f"draw {counted(len(jobs), 'picture')}", len(jobs)),
         )
     with full_disk_is_told(output_dir, "--output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
         for (p, k), image in zip(jobs, images, strict=True):
             write_png(output_dir / f"{p:02d}-{k:03d}.png", image)
-    console.print(f"{len(images)} pictures in {output_dir}", soft_wrap=True)
+    console.print(f"{counted(len(images), 'picture')} in {output_dir}", soft_wrap=True)

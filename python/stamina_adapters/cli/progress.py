@@ -14,27 +14,34 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Column
 
 from stamina_adapters.training.trainer import StepReport
 
 _SMOOTHING = 0.95
+# columns of text that a shortest bar, counts, time, loss and density take
+_BESIDE_TITLE = 48
 
 
 class RunProgress:
     """Bars for training and for anything that is counted; a context manager.
 
     `keep` False removes bars that are full when another begins: for commands with hundreds.
+    Where the console cannot show moving bars, there is a line for each instead when it begins.
     """
 
     def __init__(self, console: Console, keep: bool = True) -> None:
         self._keep = keep
+        # a long title is cut, and never the numbers
+        width = max(8, console.width - _BESIDE_TITLE)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=width)),
             BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[note]}"),
             console=console,
+            disable=not console.is_interactive,
         )
 
     def __enter__(self) -> "RunProgress":
@@ -50,6 +57,8 @@ class RunProgress:
         self._progress.stop()
 
     def _add(self, title: str, total: int | None) -> TaskID:
+        if self._progress.disable:
+            self._progress.console.print(title, soft_wrap=True, markup=False, highlight=False)
         if not self._keep:
             for task in self._progress.tasks:
                 if task.finished:

@@ -2,15 +2,19 @@
 """`stamina train`: concept after concept, folded one by one."""
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from stamina_adapters.cli.embedded import embedded_concepts, model_path, write_embedded_images
 from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.workspace import (
+    MODEL,
     check_new_tokens,
     check_output_dir,
     full_disk_is_told,
@@ -28,6 +32,10 @@ from stamina_adapters.training.methods import StaminaMethod
 from stamina_adapters.training.trainer import ConceptLog, ContinualTrainer
 
 
+def _concept_file(folder: Path, concept: ConceptSpec) -> Path:
+    return folder / "concepts" / f"{concept.name}.safetensors"
+
+
 def learn_all(
     trainer: ContinualTrainer,
     concepts: list[ConceptSpec],
@@ -41,14 +49,13 @@ def learn_all(
     Writes `folder`/concepts/<name>.safetensors and `folder`/training.json. `on_learned` is called
     with the concept's position once it is folded.
     """
-    files = folder / "concepts"
-    files.mkdir(parents=True)
+    (folder / "concepts").mkdir(parents=True)
     logs: list[ConceptLog] = []
     for index, (concept, dataset) in enumerate(zip(concepts, datasets, strict=True)):
         title = f"learn {index + 1}/{len(concepts)} {concept.token}"
         on_step = progress.training(title, trainer.config.max_train_steps)
         state, log = trainer.learn(concept, dataset, on_step)
-        trainer.method.save(state, files / f"{concept.name}.safetensors")
+        trainer.method.save(state, _concept_file(folder, concept))
         logs.append(log)
         write_beside(folder / "training.json", _record(trainer, logs).encode())
         if on_learned is not None:
@@ -90,6 +97,29 @@ def summary_table(logs: list[ConceptLog]) -> Table:
     return table
 
 
+@contextmanager
+def _interruption_is_told(
+    model: Path | None, concepts: Sequence[ConceptSpec], folder: Path
+) -> Iterator[None]:
+    """Where Ctrl-C ends the block, tell on stderr what is kept and how to make a pipeline of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        learned = [c for c in concepts if _concept_file(folder, c).is_file()]
+        if learned:
+            base = [] if model is None else [MODEL, str(model)]
+            files = [str(_concept_file(folder, concept)) for concept in learned]
+            command = shlex.join(["stamina", "fold", *files, *base, "--output_dir", "NEW"])
+            message = (
+                f"{', '.join(concept.token for concept in learned)} kept in "
+                f"{str(folder / 'concepts')!r}; make a pipeline with: {command}"
+            )
+        else:
+            message = "no concept is finished; choose an empty or new folder to begin again"
+        typer.echo(f"interrupted: {message}", err=True)
+        raise
+
+
 def train(
     model: Path | None,
     concepts_list: Path | None,
@@ -114,7 +144,10 @@ def train(
     trainer = ContinualTrainer(pipe, StaminaMethod(adapter), training)
     # concept files and pictures are small beside the pipeline
     check_room(output_dir, pipeline_bytes(pipe), "--output_dir")
-    with full_disk_is_told(output_dir, "--output_dir"):
+    with (
+        full_disk_is_told(output_dir, "--output_dir"),
+        _interruption_is_told(model, concepts, output_dir),
+    ):
         output_dir.mkdir(parents=True, exist_ok=True)
         if concepts_list is None:
             write_embedded_images(concepts)

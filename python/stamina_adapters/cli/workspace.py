@@ -4,6 +4,7 @@
 import errno
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from stamina_adapters.files import write_beside
 from stamina_adapters.tokens import check_new_token
 from stamina_adapters.training.config import ConceptSpec, placeholders
 from stamina_adapters.training.errors import InputError
+from stamina_kernels.dispatch import resolve
 
 MODEL = "--pretrained_model_name_or_path"
 _INDEX = "model_index.json"
@@ -33,10 +35,23 @@ def _disable_bars() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as "1 picture" and "2 pictures"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _check_backend(device_type: str) -> None:
+    try:
+        resolve(None, device_type)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     """Load a Stable Diffusion folder from disk in fp32, on the GPU when there is one.
 
-    Raises `InputError` when it is no complete folder of that kind; nothing is downloaded.
+    Raises `InputError` when it is no complete folder of that kind, or when STAMINA_BACKEND names
+    a backend that cannot serve that device; nothing is downloaded.
     """
     argument = f"{MODEL} {str(folder)!r}"
     if not folder.is_dir():
@@ -52,6 +67,8 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
         raise InputError(f"{argument}: model_index.json is damaged; restore the folder") from error
     if kind != "StableDiffusionPipeline":
         raise InputError(f"{argument}: is a {kind}; give a StableDiffusionPipeline folder")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_backend(device)
     _disable_bars()
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
@@ -61,7 +78,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(f"{argument}: cannot be loaded ({reason}); restore the folder") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(device)
 
 
 def check_new_tokens(pipe: Any, concepts: Sequence[ConceptSpec], argument: str) -> None:
@@ -103,13 +120,30 @@ def check_inference_steps(pipe: Any, steps: int, argument: str) -> None:
         raise InputError(f"{argument} {steps}: the model's scheduler has {most} steps at most")
 
 
+def _way_on(folder: Path) -> str:
+    """What a refusal adds where `stamina train` ended in `folder` before it wrote its pipeline."""
+    concepts = folder / "concepts"
+    if (folder / _INDEX).exists() or not any(concepts.glob("*.safetensors")):
+        return ""
+    return f"; stamina fold makes a pipeline of the files in {str(concepts)!r}"
+
+
+def check_guidance(scale: float) -> None:
+    """Raise `InputError` for a scale that is not finite, which makes no picture."""
+    if not math.isfinite(scale):
+        raise InputError(f"--guidance_scale {scale}: must be a finite number")
+
+
 def check_output_dir(folder: Path, argument: str = "--output_dir") -> None:
     """Raise `InputError` unless `folder` is empty or can be made; makes nothing."""
     where = f"{argument} {str(folder)!r}"
     try:
         if folder.is_dir():
             if any(folder.iterdir()):
-                raise InputError(f"{where}: is in use (not empty); choose an empty or new folder")
+                raise InputError(
+                    f"{where}: is in use (not empty); choose an empty or new folder"
+                    f"{_way_on(folder)}"
+                )
         elif folder.exists():
             raise InputError(f"{where}: is a file; choose an empty or new folder")
         parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())

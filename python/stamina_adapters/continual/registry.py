@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from stamina_adapters.continual.spec import BenchmarkSpec
+from stamina_adapters.training.config import describe
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.registry import METHODS, SEARCH
 
@@ -29,6 +32,8 @@ class Registry:
         self.check(name, argument)
         try:
             return self.methods[name](json.loads(json.dumps(settings)))
+        except ValidationError as error:
+            raise InputError(f"{argument}: settings of {name!r}: {describe(error)}") from error
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{argument}: settings of {name!r}: {reason}") from error

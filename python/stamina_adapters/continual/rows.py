@@ -203,7 +203,8 @@ _ANY: TypeAdapter[AnyRow] = TypeAdapter(AnyRow)
 
 def to_line(row: BaseModel) -> str:
     """A row as one line of JSON with its end."""
-    return json.dumps(row.model_dump(mode="json"), separators=(",", ":"), sort_keys=True) + "\n"
+    values = row.model_dump(mode="json")
+    return json.dumps(values, separators=(",", ":"), sort_keys=True, allow_nan=False) + "\n"
 
 
 def from_line(line: str) -> AnyRow:

@@ -9,7 +9,7 @@ import torch
 from stamina_adapters.continual.rows import CheckpointRow, ConceptRow, LevelRow, PairRow, SummaryRow
 from stamina_adapters.evaluation.judge import Judge
 from stamina_adapters.evaluation.kid import kid
-from stamina_adapters.evaluation.metrics import polynomial_mmd
+from stamina_adapters.evaluation.metrics import mmd_each, polynomial_mmd
 
 
 def mean(values: Sequence[float]) -> float:
@@ -45,8 +45,8 @@ def checkpoint_row(
     all generated pictures together.
     """
     each = range(len(now))
-    drift = [polynomial_mmd(learned[k], now[k]) for k in each[:-1]]
-    distance = [polynomial_mmd(judge.real[k], now[k]) for k in each]
+    drift = mmd_each(learned[: len(now) - 1], now[:-1])
+    distance = mmd_each(judge.real[: len(now)], now)
     return CheckpointRow(
         after=len(now),
         accuracy=[judge.centroids.accuracy(now[k], k) for k in each],

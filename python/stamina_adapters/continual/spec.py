@@ -15,7 +15,7 @@ from stamina_adapters.training.errors import InputError
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class EmbeddedConcepts(_Part):
@@ -110,7 +110,8 @@ class MethodSpec(_Part):
     """One line of the comparison: a registered method, and what differs from its defaults.
 
     `method` None means that the line is named as the method. `settings` are the method's own;
-    `training` replaces fields of the benchmark's training, for this line alone.
+    `training` replaces fields of the benchmark's training, for this line alone: those that the
+    trainer or the method reads.
     """
 
     method: str | None = None
@@ -151,6 +152,13 @@ class BenchmarkSpec(_Part):
         if any(task < 1 for task in tasks) or list(tasks) != sorted(set(tasks)):
             raise ValueError("must be ascending task numbers, each once, from 1")
         return tasks
+
+    @field_validator("training")
+    @classmethod
+    def _no_seed(cls, training: TrainingConfig) -> TrainingConfig:
+        if training.seed:
+            raise ValueError(f"seed {training.seed} is not read: seeds come from --seeds")
+        return training
 
     @model_validator(mode="after")
     def _ceiling_is_embedded(self) -> "BenchmarkSpec":

@@ -9,7 +9,8 @@ length and appends them again: whatever a killed process left of them is replace
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from stamina_adapters.continual.rows import from_line, read_rows, to_line
 from stamina_adapters.files import write_beside
 from stamina_adapters.training.errors import InputError
 
+_STATE = "state.safetensors"
 _ENTRY = "stamina_run"
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
@@ -60,6 +62,35 @@ class Lock:
         self._stream.close()
 
 
+@contextmanager
+def _reading(state: Path) -> Iterator[Any]:
+    """The file's reader. Raises `InputError` where it is damaged."""
+    try:
+        with safe_open(state, framework="pt") as reader:
+            yield reader
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise InputError(
+            f"--output: {str(state)!r} is damaged; remove {str(state.parent)!r} to run it again"
+        ) from error
+
+
+def _described(reader: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((reader.metadata() or {})[_ENTRY])
+    return found
+
+
+def tasks_done(folder: Path) -> int:
+    """How many tasks the run of a folder has finished; makes nothing.
+
+    Raises `InputError` when its state cannot be read.
+    """
+    state = folder / _STATE
+    if not state.is_file():
+        return 0
+    with _reading(state) as reader:
+        return int(_described(reader)["done"])
+
+
 class RunStore:
     """One run: `done` tasks, the tensors and facts to go on from, and the rows so far."""
 
@@ -69,29 +100,19 @@ class RunStore:
         Raises `InputError` when the state cannot be read, or rows before it are missing.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._state, self._lines = folder / "state.safetensors", folder / rows
+        self._state, self._lines = folder / _STATE, folder / rows
         self.done = 0
         self.facts: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         self._length = 0
         pending: list[str] = []
         if self._state.is_file():
-            described = self._read()
+            with _reading(self._state) as reader:
+                described = _described(reader)
+                self.tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
             self.done, self.facts = described["done"], described["facts"]
             self._length, pending = described["length"], described["lines"]
         self._append(pending)
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            with safe_open(self._state, framework="pt") as reader:
-                described: dict[str, Any] = json.loads((reader.metadata() or {})[_ENTRY])
-                self.tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise InputError(
-                f"--output: {str(self._state)!r} is damaged; remove {str(self._state.parent)!r} to "
-                "run it again"
-            ) from error
-        return described
 
     def _append(self, lines: Sequence[str]) -> None:
         data = "".join(lines).encode()

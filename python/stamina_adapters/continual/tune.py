@@ -23,10 +23,12 @@ _FIGURES = ("accuracy_after_learning", "accuracy_final", "a_mmd", "f_mmd", "seco
 def trials_of(
     spec: BenchmarkSpec, lines: Sequence[str], registry: Registry
 ) -> dict[str, list[dict[str, Any]]]:
-    """For every line, the settings of each of its trials: the line's own with a list's over them.
+    """For every line, the settings of each of its trials: what its method's list offers, and what
+    of the line's own settings no trial changes. The others are what an earlier search picked.
 
     Raises `InputError` where a method offers fewer than `spec.tuning.trials`, or the lists differ
-    in length and that is not given: no method may have more tries than another.
+    in length and that is not given: no method may have more tries than another. So it does where
+    two trials of a line, or two lines, would be the same.
     """
     offered = {}
     for name in lines:
@@ -47,10 +49,41 @@ def trials_of(
     for name, count in counts.items():
         if count < trials:
             raise InputError(f"--sequence: tuning.trials {trials}: {name!r} offers {count}")
-    return {
-        name: [merged(spec.line(name).settings, one) for one in offered[name][:trials]]
-        for name in lines
-    }
+    found = {}
+    for name, settings in offered.items():
+        own = _unsearched(spec.line(name).settings, settings)
+        found[name] = _distinct(name, own, settings[:trials])
+    for k, name in enumerate(lines):
+        for other in lines[:k]:
+            if spec.line(name).method == spec.line(other).method and found[name] == found[other]:
+                raise InputError(
+                    f"--methods: {name!r} would be tried with the settings of {other!r}; leave one "
+                    "of them out"
+                )
+    return found
+
+
+def _unsearched(settings: dict[str, Any], offered: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that none of those offered changes, group by group."""
+    kept: dict[str, Any] = {}
+    for key, value in settings.items():
+        changed = [one[key] for one in offered if key in one]
+        if not changed:
+            kept[key] = value
+        elif isinstance(value, dict) and (inner := _unsearched(value, changed)):
+            kept[key] = inner
+    return kept
+
+
+def _distinct(
+    name: str, own: dict[str, Any], offered: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    trials = [merged(own, one) for one in offered]
+    for k, trial in enumerate(trials):
+        if trial in trials[:k]:
+            first, again = trials.index(trial) + 1, k + 1
+            raise InputError(f"--methods: trials {first} and {again} of {name!r} are the same")
+    return trials
 
 
 def best(outcomes: Sequence[SummaryRow | str]) -> int | None:

@@ -59,11 +59,16 @@ def f_mmd(learned: Sequence[torch.Tensor], final: Sequence[torch.Tensor]) -> flo
     return _mean_mmd(learned[:-1], final[:-1])
 
 
+def mmd_each(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[float]:
+    """MMD of every concept: the terms of both means."""
+    return [polynomial_mmd(x, y) for x, y in zip(left, right, strict=True)]
+
+
 def _mean_mmd(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
-    pairs = list(zip(left, right, strict=True))
-    if not pairs:
+    each = mmd_each(left, right)
+    if not each:
         raise ValueError("at least one concept is needed")
-    return sum(polynomial_mmd(x, y) for x, y in pairs) / len(pairs)
+    return sum(each) / len(each)
 
 
 class NearestCentroid:

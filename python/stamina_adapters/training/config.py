@@ -90,6 +90,16 @@ class TrainingConfig(BaseModel):
         return round((1 - self.hard_fraction) * self.max_train_steps)
 
 
+TRAINER_FIELDS = frozenset(
+    (
+        "max_train_steps", "train_batch_size", "lr_scheduler", "adam_beta1", "adam_beta2",
+        "adam_weight_decay", "adam_epsilon", "max_grad_norm", "snr_gamma", "resolution", "hflip",
+    )
+)  # fmt: skip
+"""Fields of `TrainingConfig` that the trainer reads; all others but the seed are methods'."""
+METHOD_FIELDS = frozenset(TrainingConfig.model_fields) - TRAINER_FIELDS - {"seed"}
+
+
 class ConceptSpec(BaseModel):
     """One concept: the prompt that names it and the folder that shows it."""
 

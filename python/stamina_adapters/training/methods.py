@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -30,7 +30,7 @@ from stamina_adapters.fold import restore_concepts
 from stamina_adapters.linear import WEIGHT_INIT, changes_together
 from stamina_adapters.models import adapted_model, find_state, layer_at
 from stamina_adapters.tokens import check_new_token
-from stamina_adapters.training.config import ConceptSpec, TrainingConfig
+from stamina_adapters.training.config import METHOD_FIELDS, ConceptSpec, TrainingConfig
 from stamina_adapters.training.penalties import DensityHinge
 from stamina_adapters.training.preservation import Preservation
 
@@ -50,7 +50,11 @@ class Method(Protocol):
     concept. Between two concepts the model is a stock one, and `state_dict` holds
     all that learning the next one needs besides the model's weights and vocabulary: a new object
     that is given it by `load_state_dict` goes on with the same bits.
+
+    reads    fields of `TrainingConfig` that change what it does, besides the trainer's
     """
+
+    reads: ClassVar[frozenset[str]]
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
         """Make the concept learnable; returns AdamW's parameter groups, each with its `lr`."""
@@ -154,6 +158,8 @@ class StaminaMethod:
     before the run's configuration. The state to go on with is W_init of every adapted layer, which
     the forgetting term and the fold need, and every concept's file.
     """
+
+    reads: ClassVar[frozenset[str]] = METHOD_FIELDS
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Concept after concept: attach, train, fold, save."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -140,7 +141,13 @@ class ContinualTrainer:
             steps.append(report)
             if on_step is not None:
                 on_step(report)
-        probed.append(self._probe(config.max_train_steps, tokens, probes))
+        final = self._probe(config.max_train_steps, tokens, probes)
+        if not math.isfinite(final.committed):
+            raise InputError(
+                f"the loss of {concept.token} became {final.committed} in the last step; lower its "
+                "method's rates"
+            )
+        probed.append(final)
         densities = self.method.densities()
         optimizer.zero_grad(set_to_none=True)
         self.method.consolidate(lambda: self._loss(tokens, self._draw(latents, generator, 1)))

@@ -129,7 +129,7 @@ def accuracy_figure(benchmark: Benchmark) -> bytes:
         _lines(axes[0], benchmark, first_concepts)
         axes[1].set_title("Learned: accuracy right after learning")
         _lines(axes[1], benchmark, plasticity, markers=False)
-        axes[1].set_xlabel(f"concepts learned; mean over {WINDOW} neighbours")
+        axes[1].set_xlabel(f"concepts learned; mean over up to {WINDOW} neighbours")
         for one in axes:
             levels(one, benchmark)
         _legend(made, axes[0], len(benchmark.methods))

@@ -88,7 +88,7 @@ def growth_table(benchmark: Benchmark) -> Table | None:
     )
     rows = []
     for name in benchmark.finished():
-        whole = [run for run in benchmark.methods[name] if run.learned == benchmark.concepts]
+        whole = _whole(benchmark, name)
         cells = [name]
         for value, digits in values:
             for part in (slice(None, _TEN), slice(-_TEN, None)):
@@ -100,6 +100,11 @@ def growth_table(benchmark: Benchmark) -> Table | None:
         ["method", *(f"{title}, {part} ten" for title in titles for part in ("first", "last"))],
         rows,
     )
+
+
+def _whole(benchmark: Benchmark, name: str) -> list[Run]:
+    """The method's runs that have learned every concept."""
+    return [run for run in benchmark.methods[name] if run.learned == benchmark.concepts]
 
 
 def _mean(value: Callable[[ConceptRow], float | None], rows: Sequence[ConceptRow]) -> float | None:
@@ -137,18 +142,17 @@ def mask_table(benchmark: Benchmark) -> Table | None:
     """Density, and overlap beside what independent masks of that density would have."""
     rows = []
     for name in benchmark.finished():
-        concepts = [row for run in benchmark.methods[name] for row in run.concepts]
-        dense = spread(row.density for row in concepts)
+        whole = _whole(benchmark, name)
+        dense = spread(_mean(lambda row: row.density, run.concepts) for run in whole)
         if dense is None:
             continue
-        pairs = [one for row in concepts for one in row.overlaps]
-        last = [run.concepts[-1] for run in benchmark.methods[name] if run.concepts]
+        pairs = [spread(one for row in run.concepts for one in row.overlaps) for run in whole]
         rows.append(
             [
                 name,
                 dense.text(),
-                text(pairs, lambda one: one),
-                text(last, lambda row: row.overlap),
+                text(pairs, lambda found: None if found is None else found.mean),
+                text([run.concepts[-1] for run in whole], lambda row: row.overlap),
             ]
         )
     titles = ["method", "density", "overlap with one earlier concept", "of the last, with any"]

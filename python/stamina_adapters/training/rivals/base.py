@@ -36,7 +36,7 @@ def _digest(layers: dict[str, nn.Module]) -> Tensor:
 class RivalSettings(BaseModel):
     """Settings that every rival has; rates are AdamW's and take the place of the run's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     target_modules: tuple[str, ...] = Field(("attn2.to_k", "attn2.to_v"), min_length=1)
     learning_rate: float = Field(1e-3, gt=0, description="rate of what changes the weights")
@@ -65,6 +65,7 @@ class RivalMethod:
              the weight that has the earlier ones in it
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset()
     kind: ClassVar[str]
     settings_type: ClassVar[type[BaseModel]] = RivalSettings
     carries: ClassVar[tuple[str, ...]] = ()
@@ -120,6 +121,12 @@ class RivalMethod:
         replaced: list[tuple[Tensor, Tensor]] = []
         self._before = ({name: dict(layers) for name, layers in self._carried.items()}, replaced)
         targets = self._targets(pipe)
+        for path, layer in targets.items():
+            if type(layer) is not nn.Linear:
+                raise TypeError(
+                    f"target_modules: only a plain nn.Linear can be adapted, {path!r} is "
+                    f"{type(layer).__name__}"
+                )
         seed = concept.seed(config.seed)
         seeded = self._token().model_copy(update={"seed": seed})
         token = add_custom_token(pipe, concept.token, seeded)

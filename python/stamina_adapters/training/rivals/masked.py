@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from stamina_adapters.config import StaminaConfig, TokenConfig
 from stamina_adapters.inject import layer_id, mask_seed
 from stamina_adapters.masks import MaskGenerator, make_mask_generator
-from stamina_adapters.training.config import ConceptSpec, TrainingConfig
+from stamina_adapters.training.config import METHOD_FIELDS, ConceptSpec, TrainingConfig
 from stamina_adapters.training.methods import StaminaSettings
 from stamina_adapters.training.penalties import DensityHinge
 from stamina_adapters.training.preservation import Preservation
@@ -208,6 +208,7 @@ class MaskedMethod(RivalMethod):
     """STAMINA in eager PyTorch; see the module."""
 
     kind = "ablation"
+    reads = METHOD_FIELDS
     settings_type = MaskedSettings
     carries = ("change",)
     layer_type = MaskedLinear

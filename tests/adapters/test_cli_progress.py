@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands show while they work: bars in a terminal, plain lines anywhere else."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+from stamina_adapters.cli.progress import RunProgress
+from stamina_adapters.training.trainer import StepReport
+
+TITLES = ("draw landmark-000, learned alone", "learn 5/5 <a-very-long-name-of-a-concept>")
+
+
+def test_a_line_is_written_at_once_when_something_begins():
+    written = io.BytesIO()
+    # what is not flushed does not reach `written`
+    with RunProgress(Console(file=io.TextIOWrapper(written), width=80)) as progress:
+        done = progress.counting("draw <v1>", 2)
+        assert written.getvalue() == b"draw <v1>\n"
+        done(1)
+        on_step = progress.training("learn 1/1 <[v1]>", 2)
+        for step in range(2):
+            on_step(StepReport(step=step, loss=1.0, density=0.5))
+        with progress.waiting("ceiling face-000"):
+            pass
+    lines = ["draw <v1>", "learn 1/1 <[v1]>", "ceiling face-000"]
+    assert written.getvalue().decode().splitlines() == lines
+
+
+@pytest.mark.parametrize("steps", [100, 2000])
+def test_no_number_is_cut_at_80_columns(steps):
+    written = io.StringIO()
+    console = Console(file=written, width=80, force_terminal=True, force_interactive=True)
+    with RunProgress(console) as progress:
+        for title in TITLES:
+            on_step = progress.training(title, steps)
+            on_step(StepReport(step=0, loss=0.5, density=0.84))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue()).splitlines()
+    for title, line in zip(TITLES, shown[-len(TITLES) :], strict=True):
+        assert line.startswith(title[:30])
+        numbers = rf"1/{steps} 0:00:00 loss 0\.5000  density 0\.84"
+        assert re.search(numbers, line), line
