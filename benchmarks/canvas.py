@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks.machine import threads
 from benchmarks.record import Result, Row, by_kernels, milliseconds, write_beside
 
 # colour, hatch; a compiled rival has the colour of the code that it compiles
@@ -171,7 +172,7 @@ def _whisker(row: Row) -> tuple[float, float]:
 
 def machine_note(result: Result) -> str:
     machine = result["machine"]
-    name = f"{machine['cpu']}, {machine['threads']} threads"
+    name = f"{machine['cpu']}, {threads(machine)}"
     if machine["device"] != "cpu":
         name = machine["device"]
     return f"{name}; torch {result['versions']['torch']}"

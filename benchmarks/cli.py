@@ -17,6 +17,7 @@ from benchmarks.errors import InputError
 from benchmarks.run import failures, run_suite
 from benchmarks.suites import SUITES
 from benchmarks.suites.suite import Settings, Suite
+from stamina_kernels import dispatch
 
 app = typer.Typer(
     help="Time, memory and accuracy of the kernels beside real rivals.",
@@ -50,6 +51,20 @@ def _check_device(name: str) -> None:
         raise InputError(f"--device {name} cannot be used: {reason}") from error
 
 
+def _check_backend(suite: Suite, device: str) -> None:
+    """Raise InputError where `ours` would be the reference for want of the device's own backend."""
+    if "ours" not in suite.rivals or os.environ.get(dispatch.VARIABLE):
+        return
+    defaults = dispatch.DEFAULTS.get(torch.device(device).type, ())
+    reasons = {name: dispatch.backends()[name] for name in defaults}
+    if reasons and None not in reasons.values():
+        missing = "; ".join(f"{name!r} is not available: {why}" for name, why in reasons.items())
+        raise InputError(
+            f"'ours' would run on backend 'reference': {missing}; "
+            f"{dispatch.VARIABLE}=reference measures the reference on purpose"
+        )
+
+
 @app.callback(invoke_without_command=True)
 def list_suites(context: typer.Context) -> None:
     """Time, memory and accuracy beside real rivals. Without a command: lists the suites."""
@@ -77,6 +92,7 @@ def run(
         chosen = _suite(suite)
         record.check_writable(json, "--json")
         _check_device(device)
+        _check_backend(chosen, device)
     console = Console(stderr=True)
     settings = Settings(quick=quick, device=device, seconds=seconds)
     result = _run_with_progress(
@@ -120,11 +136,15 @@ def plot(
 ) -> None:
     """Draw a result as PNG pictures."""
     with _one_line_errors():
+        try:
+            from benchmarks import plots  # matplotlib is imported where it is needed
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"plot needs matplotlib, which the extra 'bench' has: {error}"
+            ) from error
         result = record.read(file)
         folder = file.parent if output is None else output
         _make_folder(folder)
-        from benchmarks import plots  # matplotlib is imported where it is needed
-
         for path in plots.draw(result, folder):
             typer.echo(path)
 

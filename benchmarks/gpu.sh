@@ -16,8 +16,8 @@ set -uo pipefail
 
 fail() { echo "gpu.sh: $*" >&2; exit 2; }
 
-output='' wheels='' seconds=540 dry=0
-stages=build,tests,gpu-unet,gpu-ops,gpu-step,gpu-kv,pictures
+STAGES=build,tests,gpu-unet,gpu-ops,gpu-step,gpu-kv,pictures
+output='' wheels='' seconds=540 dry=0 stages=$STAGES
 while [ $# -gt 0 ]; do
   case "$1" in
     --output | --wheels | --seconds | --stages)
@@ -30,6 +30,10 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$output" ] || fail "--output is missing: the folder for the results"
 [[ "$seconds" =~ ^[1-9][0-9]*$ ]] || fail "--seconds must be a whole number above 0, got $seconds"
+IFS=, read -ra names <<<"$stages"
+for name in "${names[@]:-}"; do
+  [[ ",$STAGES," == *",$name,"* ]] || fail "--stages must be of ${STAGES//,/ }, got '$name'"
+done
 [ -z "$wheels" ] || compgen -G "$wheels/*.whl" >/dev/null || fail "--wheels $wheels has no wheel"
 mkdir -p "$output" || fail "--output $output cannot be made"
 output=$(cd "$output" && pwd)
@@ -44,6 +48,11 @@ PICTURE_SECONDS=30 # kept for the pictures of what there is
 device=cuda quick='' collect=''
 if [ "$dry" = 1 ]; then device=cpu quick=--quick collect=--collect-only; fi
 failed=0
+
+gpu=$("$python" -c 'import torch; print(torch.cuda.is_available())' 2>&1) \
+  || fail "$python cannot import torch: ${gpu##*$'\n'}"
+[ "$dry" = 1 ] || [ "${gpu##*$'\n'}" = True ] \
+  || fail "torch.cuda.is_available() is false for $python; without a GPU there is --dry-run"
 
 # What became of every stage, for the screen and for the record.
 printf '| stage | seconds | outcome |\n| --- | ---: | --- |\n' >"$output/stages.md"

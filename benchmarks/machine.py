@@ -112,7 +112,13 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def threads(found: dict[str, Any]) -> str:
+    """As in "1 thread" or "8 threads"."""
+    count = found["threads"]
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 def label(found: dict[str, Any]) -> str:
     """One line that tells machines apart."""
     name = found["cpu"] if found["device"] == "cpu" else found["device"]
-    return f"{name}, {found['threads']} threads, {found['simd_kernels']}"
+    return f"{name}, {threads(found)}, {found['simd_kernels']}"

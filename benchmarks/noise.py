@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.problem import Problem
-from stamina_kernels import sample_mask, unpack_bits
+from stamina_kernels import MaskedProjection, sample_mask, unpack_bits
 from stamina_kernels.philox import uniform
 
 
@@ -103,13 +103,15 @@ class Noise:
         return Draw(threshold(raw), bits)
 
 
-def philox_draws(problem: Problem, backend: str | None = None) -> list[Draw]:
+def philox_draws(
+    group: Sequence[MaskedProjection], seed: Tensor, step: Tensor, backend: str | None = None
+) -> list[Draw]:
     """What the library draws for this seed and step; backends may differ at the threshold."""
-    packed = sample_mask(problem.group, seed=problem.seed, step=problem.step, backend=backend)
+    packed = sample_mask(group, seed=seed, step=step, backend=backend)
     draws, row = [], 0
-    for p in problem.group:
+    for p in group:
         out, inner = p.weight.shape
-        u = uniform(problem.seed, problem.step, p.layer_id, range(out), range(inner))
+        u = uniform(seed, step, p.layer_id, range(out), range(inner))
         draws.append(Draw(torch.logit(u.double()), unpack_bits(packed[row : row + out], inner)))
         row += out
     return draws

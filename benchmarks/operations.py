@@ -128,7 +128,7 @@ def copy(case: LinearCase, problem: Problem) -> Operation:
 
 def _decided(problem: Problem, backend: str, bits: Tensor) -> Pairs:
     """Bits and [u < sigmoid(L)], of all weights that rounding leaves no choice."""
-    draws = philox_draws(problem, backend)
+    draws = philox_draws(problem.group, problem.seed, problem.step, backend)
     for p, draw, part in zip(problem.group, draws, _rows(problem, bits), strict=True):
         logits = (p.U.double() @ p.V.double() + p.b.double()).detach()
         far = (logits - draw.threshold).abs() > _THRESHOLD_ROUNDING

@@ -7,23 +7,20 @@ resident set grows by is what the step needs: outputs, gradients, saved tensors 
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
+from stamina_adapters.continual.memory import PeakMemory
 from stamina_adapters.evaluation.cost import saved_mib
 
 from benchmarks.cases import MEMORY_BY_NAME, LinearCase, MemoryCase
-from benchmarks.clock import synchronize
 from benchmarks.measure import check
 from benchmarks.problem import Problem, make_input, make_problem
 from benchmarks.rivals import RIVALS, Contestant
 
 _WARM_UP = MemoryCase("warm-up", (LinearCase(64, (32,), 8),))
-_MIB = 2**20
 
 
 def problems(case: MemoryCase, device: str) -> list[Problem]:
@@ -68,56 +65,30 @@ def error(groups: Sequence[Contestant]) -> float:
     return max(check(groups[k])["step"] for k in {0, len(groups) - 1})
 
 
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def growth(work: Callable[[], object], device: str) -> float | None:
+    """MiB by which memory grows at its highest while work runs; on the CPU, that of the process.
 
-
-def _cpu_growth(work: Callable[[], object]) -> float:
-    """MiB by which the resident set grows at its highest."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
-        baseline = _resident("VmRSS")
-    except OSError:
-        # an earlier peak hides growth below it: a lower bound, where the kernel offers no reset
-        baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    None where the system does not tell.
+    """
+    with PeakMemory(device) as peak:
         work()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - baseline) / _MIB
-    work()
-    return (_resident("VmHWM") - baseline) / _MIB
+    return peak.mib
 
 
-def _device_growth(work: Callable[[], object], device: str) -> float:
-    """MiB by which allocated device memory grows at its highest."""
-    backend = torch.get_device_module(device)
-    synchronize(device)
-    backend.reset_peak_memory_stats()
-    baseline = backend.memory_allocated()
-    work()
-    synchronize(device)
-    return (backend.max_memory_allocated() - baseline) / _MIB
-
-
-def growth(work: Callable[[], object], device: str) -> float:
-    """MiB by which memory grows at its highest while work runs; on the CPU, that of the process."""
-    return _cpu_growth(work) if device == "cpu" else _device_growth(work, device)
-
-
-def measure(case: MemoryCase, provider: str, device: str) -> dict[str, float]:
+def measure(case: MemoryCase, provider: str, device: str) -> dict[str, float | None]:
     """peak_mib and saved_mib of the whole step, error of its first and last group."""
     # loads libraries, starts threads
     step(contestants(problems(_WARM_UP, device), provider))
     groups = contestants(problems(case, device), provider)
+    grown = growth(lambda: step(groups), device)
     return {
-        "peak_mib": growth(lambda: step(groups), device) * case.share,
+        "peak_mib": None if grown is None else grown * case.share,
         "saved_mib": saved(groups) * case.share,
         "error": error(groups),
     }
 
 
-def measure_in_child(case: MemoryCase, provider: str, device: str) -> dict[str, float]:
+def measure_in_child(case: MemoryCase, provider: str, device: str) -> dict[str, float | None]:
     """`measure` in a fresh process, whose freed memory goes back to the system at once.
 
     Otherwise the step would reuse, unseen, what building its inputs had freed.
@@ -131,7 +102,7 @@ def measure_in_child(case: MemoryCase, provider: str, device: str) -> dict[str, 
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     if child.returncode:
         raise RuntimeError(f"{case.name}, {provider}: {child.stderr.strip()[-2000:]}")
-    found: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
+    found: dict[str, float | None] = json.loads(child.stdout.splitlines()[-1])
     return found
 
 

@@ -68,6 +68,10 @@ def wall_ms(row: Row) -> float | None:
     return row["median_ms"]
 
 
+def peak_mib(row: Row) -> float | None:
+    return row["peak_mib"]
+
+
 def by_kernels(row: Row) -> bool:
     """Whether the row is shown by the time of its kernels, for want of one between events."""
     return device_ms(row) is None and busy_ms(row) is not None

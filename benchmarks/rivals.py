@@ -49,15 +49,15 @@ class Contestant:
         return torch.autograd.grad(outputs, self.leaves, self.upstream)
 
 
-def _member_exact(
-    problem: Problem, p: MaskedProjection, draw: Draw, leaves: Sequence[Tensor]
+def member_exact(
+    p: MaskedProjection, draw: Draw, scale: Tensor, tau: Tensor, leaves: Sequence[Tensor]
 ) -> list[Tensor]:
     """y, forget, sparse of one projection from X, A, B, U, V, b; straight-through in the mask."""
     x, A, B, U, V, b = leaves
     logits = U @ V + b
-    soft = torch.sigmoid((logits - draw.threshold) / problem.tau.double())
+    soft = torch.sigmoid((logits - draw.threshold) / tau.double())
     mask = draw.bits.double() + soft - soft.detach()
-    delta = problem.scale.double() * mask * (A @ B)
+    delta = scale.double() * mask * (A @ B)
     weight = p.weight.double()
     assert p.weight_init is not None
     forget = ((weight - p.weight_init.double()) * delta).square().sum()
@@ -69,7 +69,9 @@ def _group_exact(
 ) -> list[list[Tensor]]:
     x, factors, count = leaves[0], leaves[1:], len(FACTORS)
     return [
-        _member_exact(problem, p, draw, [x, *factors[count * k : count * (k + 1)]])
+        member_exact(
+            p, draw, problem.scale, problem.tau, [x, *factors[count * k : count * (k + 1)]]
+        )
         for k, (p, draw) in enumerate(zip(problem.group, draws, strict=True))
     ]
 
@@ -94,7 +96,7 @@ def ours(problem: Problem, backend: str | None = None) -> Contestant:
         return [out.y, out.forget, out.sparse]
 
     def formula(leaves: list[Tensor]) -> list[Tensor]:
-        draws = philox_draws(problem, backend)
+        draws = philox_draws(problem.group, problem.seed, problem.step, backend)
         y, forget, sparse = zip(*_group_exact(problem, draws, leaves), strict=True)
         return [torch.cat(y, -1), torch.stack(forget), torch.stack(sparse)]
 
@@ -117,7 +119,8 @@ def ours_separate(problem: Problem) -> Contestant:
         return outputs
 
     def formula(leaves: list[Tensor]) -> list[Tensor]:
-        return sum(_group_exact(problem, philox_draws(problem), leaves), [])
+        draws = philox_draws(problem.group, problem.seed, problem.step)
+        return sum(_group_exact(problem, draws, leaves), [])
 
     return Contestant(run, _member_upstream(problem), problem.leaves(), formula, problem.known())
 

@@ -5,7 +5,7 @@ Random weights: only shapes matter to time and memory. Both models share them. O
 concept already, so that W_init is kept and the forgetting term is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.clock import Call
-from benchmarks.measure import relative_rms
-from stamina_kernels import sample_mask, unpack_bits, use_backend
+from benchmarks.measure import worst
+from benchmarks.unet_check import (
+    Pairs,
+    Passage,
+    Passages,
+    lora_pairs,
+    lora_passages,
+    stamina_pairs,
+    stamina_passages,
+)
+from stamina_kernels import use_backend
 
 RANK = 16
 TARGETS = ("attn2.to_k", "attn2.to_v")
+PENALTIES = {"forget": 1e4, "sparse": 1e-6}  # large enough for the check to see either
 _TIME = {"addition_embed_type": "text_time", "use_linear_projection": True}
 SDXL: dict[str, Any] = {
     "sample_size": 96,  # pictures of 768 x 768: without checkpointing they fit into 80 GB
@@ -103,28 +113,32 @@ def make_unets(config: dict[str, Any], device: str, dtype: torch.dtype) -> tuple
 class Trained:
     """A model in training.
 
-    error     of the outputs of the first and the last adapted layer
+    passages  notes what goes through the first and the last adapted layer
+    pairs     of one of them: the output and the gradients, each with the exact one
     around    what a forward runs in
     new_step  what is set before every step; part of its update
+    settings  one after another, those that are held against fp64; the last is timed
     """
 
     model: Any
     parameters: list[nn.Parameter]
-    error: Callable[[], float]
+    passages: Callable[[], AbstractContextManager[Passages]]
+    pairs: Callable[[Any, Passage], Pairs]
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     new_step: Callable[[], None] = lambda: None
+    settings: Callable[[], Iterator[None]] = lambda: iter([None])
+
+    def _forward(self, batch: Batch) -> Tensor:
+        with self.around():
+            found = self.model(
+                batch.latents, batch.times, encoder_hidden_states=batch.prompts,
+                added_cond_kwargs=batch.conditions,
+            ).sample  # fmt: skip
+        return F.mse_loss(found.float(), batch.noise.float())
 
     def call(self, batch: Batch) -> Call:
         """Forward with its loss, backward, and AdamW's update."""
         optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
-
-        def forward(_: Any) -> Tensor:
-            with self.around():
-                found = self.model(
-                    batch.latents, batch.times, encoder_hidden_states=batch.prompts,
-                    added_cond_kwargs=batch.conditions,
-                ).sample  # fmt: skip
-            return F.mse_loss(found.float(), batch.noise.float())
 
         def update(_: Any) -> None:
             optimizer.step()
@@ -133,22 +147,33 @@ class Trained:
             self.new_step()
 
         return Call(
-            {"forward": forward, "backward": lambda loss: loss.backward(), "update": update}
+            {
+                "forward": lambda _: self._forward(batch),
+                "backward": lambda loss: loss.backward(),
+                "update": update,
+            }
         )
+
+    def error(self, batch: Batch) -> float:
+        """Of outputs and gradients of the first and the last adapted layer, in a whole step."""
+        return max(self._error(batch) for _ in self.settings())
+
+    def _error(self, batch: Batch) -> float:
+        with self.passages() as passages:
+            self._forward(batch).backward()  # type: ignore[no-untyped-call]
+        with self.around():
+            found = worst(pair for it in passages.items() for pair in self.pairs(*it))
+        for leaf in (*self.parameters, batch.prompts):
+            leaf.grad = None
+        return found
 
 
 def _adapted(model: nn.Module) -> list[Any]:
     return [layer for path, layer in model.named_modules() if path.endswith(TARGETS)]
 
 
-def _layer_error(layer: Any, weight: Tensor, x: Tensor) -> float:
-    """Of the layer's output, against x weight^T in fp64."""
-    with torch.no_grad():
-        return relative_rms(layer(x), x.double() @ weight.double().t())
-
-
 def _ends(model: nn.Module) -> list[Any]:
-    """The first and the last adapted layer: of them all the outputs are checked."""
+    """The first and the last adapted layer."""
     layers = _adapted(model)
     return [layers[0], layers[-1]]
 
@@ -160,7 +185,7 @@ def _fill(parameters: list[nn.Parameter]) -> None:
             parameter.normal_(std=0.02)
 
 
-def with_lora(model: Any, batch: Batch) -> Trained:
+def with_lora(model: Any) -> Trained:
     """PEFT LoRA in the model's dtype, PEFT's own choice."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -168,23 +193,10 @@ def with_lora(model: Any, batch: Batch) -> Trained:
     inject_adapter_in_model(config, model, "c0")
     parameters = [p for p in model.parameters() if p.requires_grad]
     _fill(parameters)
-
-    def error() -> float:
-        x = batch.prompts.detach()
-        return max(
-            _layer_error(
-                layer,
-                layer.base_layer.weight.double()
-                + layer.lora_B["c0"].weight.double() @ layer.lora_A["c0"].weight.double(),
-                x,
-            )
-            for layer in _ends(model)
-        )
-
-    return Trained(model, parameters, error)
+    return Trained(model, parameters, partial(lora_passages, _ends(model)), lora_pairs)
 
 
-def with_stamina(model: Any, batch: Batch) -> Callable[[str], Trained]:
+def with_stamina(model: Any) -> Callable[[str], Trained]:
     """Our second concept on the model; the result gives it on a backend."""
     from stamina_adapters import (
         StaminaConfig,
@@ -203,27 +215,21 @@ def with_stamina(model: Any, batch: Batch) -> Callable[[str], Trained]:
         apply_stamina(model, config, adapter_name=name)
         _fill([layer.A for layer in _adapted(model)])
     set_stamina_attn_processor(model)
-    set_stamina_penalties(model, forget=1e-3, sparse=1e-6)
     parameters = sum(stamina_parameters(model).values(), [])
     steps = count(1)
 
-    def error(backend: str) -> float:
-        errors = []
-        for layer in _ends(model):
-            with torch.no_grad(), use_backend(backend):
-                p = layer.projection()
-                bits = sample_mask(p, seed=layer.seed, step=layer.step)
-                delta = layer.scale.double() * unpack_bits(bits, layer.in_features)
-                delta = delta * (p.A.double() @ p.B.double())
-                errors.append(
-                    _layer_error(layer, p.weight.double() + delta, batch.prompts.detach())
-                )
-        return max(errors)
+    def with_and_without_penalties() -> Iterator[None]:
+        # of the mask's gradients the loss's own share may be too small to be seen beside them
+        for share in (0.0, 1.0):
+            set_stamina_penalties(model, **{name: share * w for name, w in PENALTIES.items()})
+            yield
 
     return lambda backend: Trained(
         model,
         parameters,
-        partial(error, backend),
+        partial(stamina_passages, model, _ends(model)),
+        stamina_pairs,
         partial(use_backend, backend),
         lambda: set_stamina_step(model, next(steps)),
+        with_and_without_penalties,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stamina_kernels import reference
+from stamina_kernels.libraries import missing_reason
 from stamina_kernels.reference import Tensors
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -37,10 +38,7 @@ def _library() -> Any:
 def unavailable_reason() -> str | None:
     """None, or why the C++ backend cannot run here."""
     if not _LIBRARY.exists():
-        return (
-            f"{_LIBRARY.name} was not built; it needs a C++17 compiler and an importable torch, "
-            "as in `pip install --no-build-isolation .`"
-        )
+        return missing_reason(_LIBRARY, "a C++17 compiler and an importable torch")
     try:
         _library()
     except (OSError, RuntimeError) as error:

@@ -22,6 +22,7 @@ from torch import Tensor
 from stamina_kernels import reference
 from stamina_kernels.cuda_interface import Adapter, Layer, Member, check, load
 from stamina_kernels.device import on
+from stamina_kernels.libraries import missing_reason
 
 _log = logging.getLogger(__name__)
 _LIBRARY = Path(__file__).with_name("_cuda.so")
@@ -43,10 +44,7 @@ def _library() -> Any:
 def unavailable_reason() -> str | None:
     """None, or why the CUDA backend cannot run here."""
     if not _LIBRARY.exists():
-        return (
-            f"{_LIBRARY.name} was not built; it needs nvcc of CUDA 12 or newer, "
-            "as in `pip install --no-build-isolation .`"
-        )
+        return missing_reason(_LIBRARY, "nvcc of CUDA 12 or newer")
     try:
         _library()
     except OSError as error:

@@ -25,7 +25,7 @@ _MODULES = {
     "cuda": "stamina_kernels.cuda",
 }
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "xpu"), "cuda": ("cuda",)}
-_DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+DEFAULTS = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 VARIABLE = "STAMINA_BACKEND"
 _override = Override()
 
@@ -56,7 +56,7 @@ def _serves(name: str, device_type: str) -> bool:
 @cache
 def _default(device_type: str) -> str:
     reasons = {}
-    for name in _DEFAULTS.get(device_type, ()):
+    for name in DEFAULTS.get(device_type, ()):
         reason = _unavailable_reason(name)
         if reason is None:
             break

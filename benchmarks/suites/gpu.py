@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.record import Row, busy_ms, device_ms, wall_ms
+from benchmarks.record import Row, busy_ms, device_ms, peak_mib, wall_ms
 from benchmarks.rivals import OURS
 from benchmarks.suites.suite import Settings
 from benchmarks.summary import Summary, Table, mean_ratio
@@ -45,17 +45,13 @@ def ratios(
     }
 
 
-def _peak(row: Row) -> float | None:
-    return row["peak_mib"]
-
-
 def peak_ratio(table: Table, above: str, below: str) -> float | None:
     """What a step adds to the memory, `above` over `below`."""
     return mean_ratio(
         table.cases,
         lambda case: table.find(case, above),
         lambda case: table.find(case, below),
-        _peak,
+        peak_mib,
     )
 
 

@@ -56,7 +56,9 @@ def _run(entries: Entries, settings: Settings) -> Outcome:
     device = settings.device
     groups = _groups(entries, device, errors)
 
-    def accuracy_and_memory(_: Key, group: Sequence[Contestant]) -> tuple[float, float, float]:
+    def accuracy_and_memory(
+        _: Key, group: Sequence[Contestant]
+    ) -> tuple[float, float, float | None]:
         error = peak.error(group)
         peak.step(group)  # what is compiled or tuned at the first call is no part of a step
         return error, peak.saved(group), peak.growth(lambda: peak.step(group), device)

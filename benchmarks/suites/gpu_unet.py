@@ -42,16 +42,16 @@ def _run(label: str, config: dict[str, Any], settings: Settings) -> Outcome:
     present = [name for name, missing in MISSING.items() if missing(device) is None]
     batch = unet.make_batch(config, device, kind)
     for_ours, for_lora = unet.make_unets(config, device, kind)
-    on_backend = unet.with_stamina(for_ours, batch)
+    on_backend = unet.with_stamina(for_ours)
     trained = attempt(
         (((label, name), name) for name in present),
-        lambda _, name: unet.with_lora(for_lora, batch) if name == LORA else on_backend(OURS[name]),
+        lambda _, name: unet.with_lora(for_lora) if name == LORA else on_backend(OURS[name]),
         errors,
     )
     calls = {key: it.call(batch) for key, it in trained.items()}
 
-    def accuracy_and_memory(key: Key, it: unet.Trained) -> tuple[float, float]:
-        error = it.error()
+    def accuracy_and_memory(key: Key, it: unet.Trained) -> tuple[float, float | None]:
+        error = it.error(batch)
         _step(calls[key])  # the optimiser's state and what is compiled come with the first step
         return error, peak.growth(lambda: _step(calls[key]), device)
 

@@ -8,10 +8,10 @@ import torch
 from benchmarks.cases import MEMORY, SDXL, SDXL_TENTH, MemoryCase
 from benchmarks.measure import Measurement, error_limit
 from benchmarks.peak import measure_in_child
-from benchmarks.record import Row, failed
+from benchmarks.record import Row, peak_mib
 from benchmarks.rivals import RIVALS
 from benchmarks.suites.suite import Outcome, Settings, Suite, Task, why_missing
-from benchmarks.summary import Summary, Table
+from benchmarks.summary import Summary, Table, mean_ratio
 
 PROVIDERS = ("ours", "gumbel", "eager", "peft", "loha", "dense")
 _MODEL_WIDE = ((SDXL, "ours"), (SDXL_TENTH, "eager"), (SDXL_TENTH, "gumbel"))
@@ -39,10 +39,12 @@ def _tasks(settings: Settings) -> list[Task]:
 def _summary(rows: list[Row]) -> Summary:
     """Peak of ours over eager's, all 140 layers of SDXL."""
     table = Table(rows)
-    ours, eager = table.find(SDXL.name, "ours"), table.find(SDXL_TENTH.name, "eager")
-    ratio = None
-    if ours and eager and not failed(ours) and not failed(eager):
-        ratio = (ours["peak_mib"] or 0.0) / (eager["peak_mib"] or float("nan"))
+    ratio = mean_ratio(
+        ["ours over eager"],
+        lambda _: table.find(SDXL.name, "ours"),
+        lambda _: table.find(SDXL_TENTH.name, "eager"),
+        peak_mib,
+    )
     return {"memory.sdxl_ours_over_eager": ratio}
 
 

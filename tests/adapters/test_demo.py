@@ -60,7 +60,8 @@ def output(assets, tmp_path_factory):
             patch.setattr(f"{module}.assets_dir", lambda: assets)
         patch.setattr(demo_module, "SAMPLES", 3)
         patch.setattr(demo_module, "DISTRACTORS", 3)
-        patch.setattr(demo_module, "SAMPLING", {"num_inference_steps": 1, "guidance_scale": 1.0})
+        small = {"num_inference_steps": 1, "guidance_scale": 1.0, "pictures": 3}
+        patch.setattr(demo_module, "SAMPLING", demo_module.SAMPLING.model_copy(update=small))
         patch.setattr(demo_module, "SD15_SHAPES", (KeyValueShape(32, 16, 4),))
         patch.setattr(demo_module, "CEILING", {"steps": 1})
         arguments = ["--max_train_steps", "2", "--train_batch_size", "2"]

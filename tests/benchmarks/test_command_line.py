@@ -2,6 +2,8 @@
 """What the commands print and write, and what each user error says before any work."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 from benchmarks import cli
 from benchmarks.suites import SUITES
+from stamina_kernels import dispatch
 
 PICTURES = {
     "linear": {"linear-time.png", "linear-time-16bit.png", "linear-roofline.png"},
@@ -69,6 +72,26 @@ def test_unusable_device(no_work, tmp_path):
     refused(command("run", "linear", "--json", tmp_path / "a.json", "--device", "tpu"), "--device")
 
 
+@pytest.fixture
+def no_library(monkeypatch):
+    """The backend of CPUs was not built."""
+    monkeypatch.delenv("STAMINA_BACKEND", raising=False)
+    found = dispatch.backends() | {"cpu": "_cpu.so was not built"}
+    monkeypatch.setattr(dispatch, "backends", lambda: found)
+
+
+def test_ours_is_not_the_reference_unless_it_is_asked_for(
+    no_work, no_library, tmp_path, monkeypatch
+):
+    run = ("run", "linear", "--json", tmp_path / "a.json")
+    words = ("'ours'", "'cpu'", "_cpu.so was not built", "STAMINA_BACKEND=reference")
+    refused(command(*run), *words)
+    # that suite names every backend and leaves out those that are missing
+    assert "work began" in str(command("run", "gpu-kv", *run[2:]).exception)
+    monkeypatch.setenv("STAMINA_BACKEND", "reference")
+    assert "work began" in str(command(*run).exception)
+
+
 WHOLE = '"machine": {"cpu": "c", "device": "cpu", "threads": 1}, "versions": {}, "summary": {}'
 
 
@@ -87,6 +110,19 @@ def test_unreadable_result(tmp_path, text):
     refused(command("plot", file), file)
     refused(command("table", file), file)
     refused(command("compare", file, file), file)
+
+
+def test_drawing_without_matplotlib(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text(f'{{"rows": [], {WHOLE}}}')
+    program = (
+        "import sys; sys.modules['matplotlib'] = None; "
+        f"from benchmarks.cli import app; app(['plot', {str(file)!r}])"
+    )
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (outcome.returncode, outcome.stdout) == (2, "")
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("error: plot needs matplotlib, which the extra 'bench' has: ")
 
 
 def test_unwritable_picture_folder(files, tmp_path):

@@ -15,6 +15,7 @@ STAGES = ["build", "tests", "gpu-unet", "gpu-ops", "gpu-step", "gpu-kv", "pictur
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$NOTES"
 case "$*" in
+  *"import torch"*) echo "$TORCH"; [ "$TORCH" != "no torch" ] ;;
   *"run $BROKEN "*) echo 'check failed: this one'; exit 1 ;;
   *"run $SLOW "*) sleep 60 ;;
   *"benchmarks run "*) echo '{}' >"$6" ;;
@@ -31,9 +32,10 @@ def gpu(tmp_path):
     python.chmod(0o755)
     notes, output = tmp_path / "notes", tmp_path / "results"
 
-    def run(*arguments, broken="-", slow="-"):
+    def run(*arguments, broken="-", slow="-", torch="True"):
         environment = os.environ | {
             "PYTHON": str(python), "NOTES": str(notes), "BROKEN": broken, "SLOW": slow,
+            "TORCH": torch,
         }  # fmt: skip
         outcome = subprocess.run(
             ["bash", SCRIPT, *map(str, arguments)],
@@ -107,6 +109,9 @@ def test_a_stage_that_hangs_is_stopped_and_the_time_left_goes_to_the_pictures(gp
         (["--output"], ["--output", "value"]),
         (["--output", "{}", "--seconds", "soon"], ["--seconds", "soon"]),
         (["--output", "{}", "--wheels", "{}/absent"], ["--wheels", "absent"]),
+        (["--output", "{}", "--stages", "tests,gpu_unet"], ["--stages", "'gpu_unet'", "gpu-unet"]),
+        (["--output", "{}", "--stages", "test"], ["--stages", "'test'", "tests"]),
+        (["--output", "{}", "--stages", ""], ["--stages", "''", "tests"]),
     ],
 )
 def test_wrong_arguments_are_named_before_any_work(gpu, tmp_path, arguments, words):
@@ -115,3 +120,26 @@ def test_wrong_arguments_are_named_before_any_work(gpu, tmp_path, arguments, wor
     assert notes == []
     (line,) = outcome.stderr.splitlines()
     assert all(word in line for word in words)
+
+
+@pytest.mark.parametrize(
+    ("torch", "options", "words"),
+    [
+        ("no torch", [], ["cannot import torch: no torch"]),
+        ("no torch", ["--dry-run"], ["cannot import torch: no torch"]),
+        ("a warning\nFalse", [], ["torch.cuda.is_available() is false", "--dry-run"]),
+    ],
+)
+def test_without_torch_or_a_gpu_no_stage_begins(gpu, torch, options, words):
+    outcome, notes, output = gpu("--output", gpu.output, *options, torch=torch)
+    assert outcome.returncode == 2
+    assert len(notes) == 1 and "import torch" in notes[0]
+    assert list(output.iterdir()) == []
+    (line,) = outcome.stderr.splitlines()
+    assert all(word in line for word in words)
+
+
+def test_a_dry_run_needs_no_gpu_and_a_warning_of_torch_hides_none(gpu):
+    small, _, _ = gpu("--output", gpu.output, "--dry-run", "--stages", "build", torch="False")
+    whole, _, _ = gpu("--output", gpu.output, "--stages", "build", torch="a warning\nTrue")
+    assert small.returncode == whole.returncode == 0

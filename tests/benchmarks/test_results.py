@@ -5,8 +5,13 @@ import math
 import re
 
 import pytest
+import torch
+from stamina_adapters.continual import memory
 
-from benchmarks.cases import BY_NAME
+from benchmarks import machine
+from benchmarks.canvas import machine_note
+from benchmarks.cases import BY_NAME, SDXL, SDXL_TENTH, LinearCase, MemoryCase
+from benchmarks.peak import growth, measure
 from benchmarks.rivals import RIVALS
 from benchmarks.suites import SUITES
 
@@ -162,12 +167,40 @@ def test_goals_are_of_figures_that_the_suite_tells(results, suite):
             assert name in results[suite]["summary"], name
 
 
+def test_one_thread_is_one():
+    found = {"cpu": "c", "device": "cpu", "simd_kernels": "avx2"}
+    versions = {"torch": "2"}
+    for count, words in ((1, "c, 1 thread"), (8, "c, 8 threads")):
+        here = found | {"threads": count}
+        assert machine.label(here) == f"{words}, avx2"
+        assert machine_note({"machine": here, "versions": versions}) == f"{words}; torch 2"
+
+
+def test_a_peak_that_the_system_does_not_tell_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_REFERENCES", tmp_path / "absent" / "clear_refs")
+    row = measure(MemoryCase("small", (LinearCase(64, (32,), 8),)), "ours", "cpu")
+    assert row["peak_mib"] is None and row["saved_mib"] > 0
+    rows = [
+        {"case": case.name, "provider": name, "pass": "step", "error_limit": 1.0} | row
+        for case, name in ((SDXL, "ours"), (SDXL_TENTH, "eager"))
+    ]
+    assert SUITES["memory"].summary(rows) == {"memory.sdxl_ours_over_eager": None}
+    rows = [r | {"peak_mib": peak} for r, peak in zip(rows, (6.0, 8.0), strict=True)]
+    assert SUITES["memory"].summary(rows) == {"memory.sdxl_ours_over_eager": pytest.approx(0.75)}
+
+
+def test_on_the_cpu_the_process_is_measured_where_there_is_a_gpu_too(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    grown = growth(lambda: torch.ones(1 << 24), "cpu")
+    assert grown is None or 50 < grown < 100  # it is 64 MiB; pages of other things come and go
+
+
 def test_machine_and_versions_say_what_ran(results):
-    machine, versions = results["linear"]["machine"], results["linear"]["versions"]
-    assert machine["threads"] > 0
-    assert machine["gemm_gflops"] > 0
-    assert machine["copy_gb_s"] > 0
-    assert machine["simd_torch"] and machine["cpu"]
+    found, versions = results["linear"]["machine"], results["linear"]["versions"]
+    assert found["threads"] > 0
+    assert found["gemm_gflops"] > 0
+    assert found["copy_gb_s"] > 0
+    assert found["simd_torch"] and found["cpu"]
     needed = {"python", "torch", "triton", "stamina-kernels", "peft", "lycoris-lora", "diffusers",
               "numpy"}  # fmt: skip
     assert set(versions) == needed

@@ -53,6 +53,23 @@ def test_a_missing_library_is_reported(backend, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", [cpu, cuda])
+def test_a_library_of_another_copy_of_the_package_is_named(backend, tmp_path, monkeypatch):
+    """As where the source folder, which Python looks into first, hides what was installed."""
+    sources, installed = tmp_path / "sources", tmp_path / "installed"
+    for folder in (sources, installed):
+        (folder / "stamina_kernels").mkdir(parents=True)
+        monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(backend, "_LIBRARY", sources / "stamina_kernels" / "library.so")
+    assert "library.so was not built" in backend.unavailable_reason.__wrapped__()
+    (installed / "stamina_kernels" / "library.so").touch()
+    assert backend.unavailable_reason.__wrapped__() == (
+        f"{sources}/stamina_kernels is the package in use and holds no library.so; "
+        f"{installed}/stamina_kernels has it: "
+        f"run outside {sources}, or install with `pip install -e .`"
+    )
+
+
+@pytest.mark.parametrize("backend", [cpu, cuda])
 def test_a_broken_library_is_reported(backend, tmp_path, monkeypatch):
     (tmp_path / "library.so").write_text("not a library")
     monkeypatch.setattr(backend, "_LIBRARY", tmp_path / "library.so")

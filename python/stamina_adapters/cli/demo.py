@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from stamina_adapters.cli.workspace import (
     write_png,
 )
 from stamina_adapters.config import StaminaConfig
+from stamina_adapters.continual.spec import SamplingSpec
+from stamina_adapters.continual.studio import Studio
 from stamina_adapters.embedded import Identity, heldout_identities, load_encoder
 from stamina_adapters.embedded.ceiling import train_ceiling
 from stamina_adapters.embedded.pictures import REAL_PICTURES_SEED, pictures
@@ -41,7 +44,6 @@ from stamina_adapters.evaluation.embedder import EncoderEmbedder
 from stamina_adapters.evaluation.grid import image_grid
 from stamina_adapters.evaluation.judge import Judge
 from stamina_adapters.evaluation.metrics import a_mmd, f_mmd
-from stamina_adapters.evaluation.sampling import generate_images
 from stamina_adapters.files import write_beside
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.data import ConceptDataset
@@ -51,8 +53,9 @@ from stamina_kernels import info
 
 DISTRACTORS = 45
 SAMPLES = 16
-SAMPLE_SEED = 10_000
-SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0}
+SAMPLING = SamplingSpec.model_validate(
+    {"num_inference_steps": 20, "pictures": SAMPLES, "batch_size": SAMPLES}
+)
 SHOWN = 3
 # reaches the accuracy of twice the steps at half the rate, in half the time
 CEILING: dict[str, Any] = {"steps": 120, "rate": 2e-3}
@@ -60,22 +63,9 @@ CEILING: dict[str, Any] = {"steps": 120, "rate": 2e-3}
 Pictures = list[Image.Image]
 
 
-class _Studio:
-    """Samples prompts under fixed noise, so that pictures differ only by what was learned."""
-
-    def __init__(self, pipe: Any, progress: RunProgress) -> None:
-        self.pipe, self._progress = pipe, progress
-
-    def draw(self, prompt: str, title: str, pipe: Any = None) -> Pictures:
-        """`SAMPLES` pictures of a prompt, by default from the pipeline that learns."""
-        return generate_images(
-            pipe or self.pipe,
-            [prompt] * SAMPLES,
-            range(SAMPLE_SEED, SAMPLE_SEED + SAMPLES),
-            batch_size=SAMPLES,
-            on_batch=self._progress.counting(title, SAMPLES),
-            **SAMPLING,
-        )
+def _draw(studio: Studio, pipe: Any, prompt: str, title: str) -> Pictures:
+    (drawn,) = studio.draw(pipe, [prompt], title)
+    return drawn
 
 
 def _judge(learned: list[Identity]) -> Judge:
@@ -145,13 +135,11 @@ class _Gallery:
         return image_grid(rows, titles)
 
 
-def _ceiling(
-    studio: _Studio, progress: RunProgress, dataset: ConceptDataset, name: str, family: str
-) -> Pictures:
+def _ceiling(pipe: Any, progress: RunProgress, dataset: ConceptDataset, identity: Identity) -> Any:
+    """The pipeline that has learned this concept alone."""
     images = np.stack([np.asarray(image) for image in dataset.images])
-    with progress.waiting(f"ceiling {name}"):
-        taught = train_ceiling(studio.pipe, images, like=family, **CEILING)
-    return studio.draw("a photo of <v>", f"draw {name}, learned alone", taught)
+    with progress.waiting(f"ceiling {identity.id}"):
+        return train_ceiling(pipe, images, like=identity.family, **CEILING)
 
 
 def _run(
@@ -163,24 +151,28 @@ def _run(
 ) -> tuple[_Gallery, list[ConceptLog]]:
     datasets = read_datasets(concepts)
     with RunProgress(console) as progress:
-        studio = _Studio(trainer.pipe, progress)
+        draw = partial(_draw, Studio(SAMPLING, progress.counting))
         families = {
-            family: studio.draw(f"a photo of a {family}", f"draw {family}, before learning")
+            family: draw(trainer.pipe, f"a photo of a {family}", f"draw {family}, before learning")
             for family in dict.fromkeys(identity.family for identity in identities)
         }
         ceiling = [
-            _ceiling(studio, progress, dataset, identity.id, identity.family)
+            draw(
+                _ceiling(trainer.pipe, progress, dataset, identity),
+                "a photo of <v>",
+                f"draw {identity.id}, learned alone",
+            )
             for dataset, identity in zip(datasets, identities, strict=True)
         ]
         learned: list[Pictures] = []
 
         def draw_learned(index: int) -> None:
             concept = concepts[index]
-            learned.append(studio.draw(concept.instance_prompt, f"draw {concept.token}"))
+            learned.append(draw(trainer.pipe, concept.instance_prompt, f"draw {concept.token}"))
 
         logs = learn_all(trainer, concepts, datasets, folder, progress, draw_learned)
         final = [
-            studio.draw(concept.instance_prompt, f"draw {concept.token} again, after all")
+            draw(trainer.pipe, concept.instance_prompt, f"draw {concept.token} again, after all")
             for concept in concepts
         ]
     real = [dataset.images for dataset in datasets]

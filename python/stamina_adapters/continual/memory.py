@@ -30,20 +30,23 @@ def _give_back_freed() -> None:
 class PeakMemory:
     """A context manager; `mib` is the peak over where it began.
 
-    On a GPU, of allocated memory. Otherwise of the resident set, with what was freed before given
-    back to the system where the C library can; None where the system does not tell.
+    On the CPU of the resident set, with what was freed before given back to the system where the C
+    library can; None where the system does not tell. On other devices of allocated memory. device:
+    the GPU where there is one, else the CPU, unless told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.mib: float | None = None
-        self._cuda = torch.cuda.is_available()
+        self._device = None if device == "cpu" else torch.get_device_module(device)
         self._start: int | None = None
 
     def __enter__(self) -> "PeakMemory":
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
+        if self._device is not None:
+            self._device.synchronize()
+            self._device.reset_peak_memory_stats()
+            self._start = self._device.memory_allocated()
             return self
         try:
             _give_back_freed()
@@ -61,9 +64,9 @@ class PeakMemory:
     ) -> None:
         if self._start is None:
             return
-        if self._cuda:
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
+        if self._device is not None:
+            self._device.synchronize()
+            peak = self._device.max_memory_allocated()
         else:
             peak = _resident("VmHWM")
         self.mib = max(0.0, (peak - self._start) / _MIB)
