@@ -159,7 +159,7 @@ def test_a_method_that_diverges_does_not_stop_the_others(spec, tmp_path):
     _edit(spec, methods={"fake": {"settings": {"fail_at": 2}}, "other": {}})
     outcome = run("benchmark", "--sequence", spec, "--output", out)
     assert outcome.exit_code == 2
-    assert "1 runs failed, the others are whole: fake, seed 0, concept 2: " in outcome.stderr
+    assert "1 run failed, the others are whole: fake, seed 0, concept 2: " in outcome.stderr
     assert len(comparable(out / "fake" / "seed-0" / "rows.jsonl")) == 5
     (benchmark,) = read_results([out]).benchmarks
     assert benchmark.finished() == ["other"]

@@ -15,6 +15,7 @@ from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.workspace import (
     check_inference_steps,
     check_new_tokens,
+    counted,
     full_disk_is_told,
     load_pipeline,
 )
@@ -278,7 +279,8 @@ def benchmark(
                 failures.append(str(error))
                 console.print(f"failed: {error}", soft_wrap=True, markup=False)
     if failures:
-        raise InputError(f"{len(failures)} runs failed, the others are whole: {failures[0]}")
+        failed = counted(len(failures), "run")
+        raise InputError(f"{failed} failed, the others are whole: {failures[0]}")
     console.print(f"rows in {output}; make a page of them with stamina report", soft_wrap=True)
 
 

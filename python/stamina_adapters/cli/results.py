@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stamina_adapters.cli.workspace import full_disk_is_told
+from stamina_adapters.cli.workspace import counted, full_disk_is_told
 from stamina_adapters.continual.report.page import markdown, page
 from stamina_adapters.continual.report.results import collect as collect_rows
 from stamina_adapters.continual.report.results import read_results
@@ -32,7 +32,7 @@ def report(
     made = page(results)
     if collect is not None:
         copies = collect_rows(folders, collect)
-        console.print(f"{len(copies)} row files in {collect}", soft_wrap=True)
+        console.print(f"{counted(len(copies), 'row file')} in {collect}", soft_wrap=True)
     with full_disk_is_told(target, "--output"):
         write_beside(target / "report.html", made.encode())
         write_beside(target / "report.md", markdown(results).encode())

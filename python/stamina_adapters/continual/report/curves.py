@@ -6,7 +6,7 @@ from typing import Any
 
 from stamina_adapters.continual.report.results import Benchmark, Run
 from stamina_adapters.continual.report.stats import Spread, moving_mean, spread
-from stamina_adapters.continual.report.style import SOFT, Look, figure, looks, to_png
+from stamina_adapters.continual.report.style import SOFT, Look, figure, looks, to_png, whole_numbers
 
 FIRST = 5
 """How many of the earliest concepts stand for what is longest ago."""
@@ -87,6 +87,7 @@ def _lines(
         _draw(axes, name, points(runs), found[name], markers)
     axes.set_xlabel("concepts learned")
     axes.set_xlim(left=0)
+    whole_numbers(axes.xaxis)
 
 
 def _level(axes: Any, value: Spread | None, name: str, right: bool = False) -> None:

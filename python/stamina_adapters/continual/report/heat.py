@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from stamina_adapters.continual.report.results import Benchmark, Run
-from stamina_adapters.continual.report.style import SEQUENTIAL, SHARES, SOFT, figure, to_png
+from stamina_adapters.continual.report.style import (
+    SEQUENTIAL,
+    SHARES,
+    SOFT,
+    figure,
+    to_png,
+    whole_numbers,
+)
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
@@ -85,12 +92,6 @@ def _panels(
         return to_png(made)
 
 
-def _whole_numbers(*lines: Any) -> None:
-    """Ticks at concepts only, however few there are."""
-    for axis in lines:
-        axis.get_major_locator().set_params(integer=True)
-
-
 def accuracy_heat(benchmark: Benchmark) -> bytes:
     """One panel for each method: rows checkpoints, columns concepts."""
 
@@ -108,7 +109,7 @@ def accuracy_heat(benchmark: Benchmark) -> bytes:
         )
         axes.set_yticks(range(len(after)), [f"after {one}" for one in after])
         axes.set_xlabel("concept")
-        _whole_numbers(axes.xaxis)
+        whole_numbers(axes.xaxis)
         return image
 
     names = [name for name, runs in benchmark.methods.items() if any(r.checkpoints for r in runs)]
@@ -132,7 +133,7 @@ def confusion_heat(benchmark: Benchmark) -> bytes:
         axes.axvline(count + 0.5, color=SOFT, linewidth=0.8)
         axes.set_xlabel("told (last column: none of them)")
         axes.set_ylabel("asked for")
-        _whole_numbers(axes.xaxis, axes.yaxis)
+        whole_numbers(axes.xaxis, axes.yaxis)
         return image
 
     return _panels(benchmark, benchmark.finished(), (3.7, 3.7), 3, draw, "share of pictures")
@@ -152,7 +153,7 @@ def overlap_heat(benchmark: Benchmark) -> bytes | None:
         count = len(matrix)
         axes.set_xlabel("earlier concept")
         axes.set_ylabel("concept")
-        _whole_numbers(axes.xaxis, axes.yaxis)
+        whole_numbers(axes.xaxis, axes.yaxis)
         return axes.imshow(
             matrix,
             cmap=SHARES,

@@ -53,6 +53,12 @@ def looks(methods: Sequence[str]) -> dict[str, Look]:
     return found
 
 
+def whole_numbers(*lines: Any) -> None:
+    """Ticks at concepts only, however few there are."""
+    for axis in lines:
+        axis.get_major_locator().set_params(integer=True)
+
+
 def pyplot() -> Any:
     """matplotlib without a display. Raises `InputError` when it is not installed."""
     try:
