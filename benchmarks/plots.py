@@ -22,7 +22,7 @@ from benchmarks.canvas import (
     providers_of,
 )
 from benchmarks.cases import BY_NAME, CONCEPTS_UNIT, RANKS, SDXL, SDXL_TENTH
-from benchmarks.record import Result, Row, by_kernels, failed, milliseconds
+from benchmarks.record import Result, Row, by_kernels, failed, milliseconds, on_device
 from benchmarks.report import PARTS
 
 
@@ -81,8 +81,7 @@ def _draw_time(
     suite = rows[0]["suite"]
     passes = {row["pass"] for row in rows}
     what = "one training step" if passes == {"step"} else "fold" if passes == {"fold"} else "a call"
-    on_device = any(row["device_ms"] is not None for row in rows)
-    clock = "between events on the device" if on_device else "waited for"
+    clock = "between events on the device" if any(map(on_device, rows)) else "waited for"
     if any(map(by_kernels, rows)):
         clock += " (of the kernels alone where the host could not keep ahead)"
     note = (

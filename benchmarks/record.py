@@ -72,6 +72,11 @@ def peak_mib(row: Row) -> float | None:
     return row["peak_mib"]
 
 
+def on_device(row: Row) -> bool:
+    """Whether the row has a time of a device."""
+    return device_ms(row) is not None or busy_ms(row) is not None
+
+
 def by_kernels(row: Row) -> bool:
     """Whether the row is shown by the time of its kernels, for want of one between events."""
     return device_ms(row) is None and busy_ms(row) is not None

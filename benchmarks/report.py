@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table as ScreenTable
 
-from benchmarks.record import Result, Row, busy_ms, by_kernels, device_ms, failed, key, milliseconds
+from benchmarks import record
+from benchmarks.record import Result, Row, by_kernels, failed, key, milliseconds
 from benchmarks.summary import Summary, Table
 
 REFUSED = "refused: check failed"
@@ -109,10 +110,6 @@ _FIGURES: dict[str, str] = {
 }  # fmt: skip
 
 
-def _on_device(row: Row) -> bool:
-    return device_ms(row) is not None or busy_ms(row) is not None
-
-
 def _details(rows: Sequence[Row]) -> list[str]:
     """Every figure of every row that has times of a device."""
     body = [
@@ -126,7 +123,7 @@ def _details(rows: Sequence[Row]) -> list[str]:
             number(row["error"]),
         ]
         for row in rows
-        if _on_device(row)
+        if record.on_device(row)
     ]
     return ["", *_markdown(["row", "device ms", *_FIGURES, "error"], body)] if body else []
 
@@ -138,7 +135,7 @@ def markdown(result: Result, goals: Goals) -> str:
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     lines = dict.fromkeys((row["case"], row["pass"]) for row in rows)
     several = len({pass_ for _, pass_ in lines}) > 1
-    on_device = any(map(_on_device, rows))
+    on_device = any(map(record.on_device, rows))
     has_times = all(milliseconds(row) is not None for row in rows)
     unit = "device ms" if on_device else "median ms" if has_times else "peak MiB"
     body = [

@@ -226,7 +226,7 @@ def check_mlp(
 
 
 def _fits(adapter: Any, rows: int, columns: int, words: int, device: torch.device) -> bool:
-    """Enough for `_check_committed` to pass, in a third of its time: a fold takes thousands."""
+    """Enough for `_check_committed` to pass, in half of its time: a fold takes thousands."""
     if type(adapter) is not CommittedAdapter:
         return False
     A, B, exponent, bits, scale = adapter

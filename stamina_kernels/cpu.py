@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stamina_kernels import reference
-from stamina_kernels.libraries import missing_reason
+from stamina_kernels.libraries import check_interface, missing_reason
 from stamina_kernels.reference import Tensors
 
 _LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -27,10 +27,7 @@ _INTERFACE_VERSION = 1  # of csrc/cpu/library.cpp
 def _library() -> Any:
     torch.ops.load_library(_LIBRARY)
     library = torch.ops.stamina_cpu
-    if not hasattr(library, "interface_version") or (
-        library.interface_version() != _INTERFACE_VERSION
-    ):
-        raise OSError("it was built from another version of the sources; build it again")
+    check_interface(getattr(library, "interface_version", None), _INTERFACE_VERSION)
     return library
 
 

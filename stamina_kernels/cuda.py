@@ -75,7 +75,7 @@ def _pointer(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device
 def _pointers(
     name: str, tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> list[int]:
-    """Those of many tensors, in a third of the time."""
+    """Those of many tensors, checked together."""
     if all(t.dtype is dtype and t.device == device and t.is_contiguous() for t in tensors):
         return [t.data_ptr() for t in tensors]
     return [_pointer(name, tensor, dtype, device) for tensor in tensors]

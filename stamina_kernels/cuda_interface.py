@@ -5,6 +5,8 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+from stamina_kernels.libraries import check_interface
+
 _INTERFACE_VERSION = 1  # of interface.h
 _INVALID_ARGUMENT = 1
 
@@ -41,10 +43,7 @@ class Layer(ctypes.Structure):
 def load(path: Path) -> Any:
     """The library with its functions declared; raises OSError where it cannot be loaded."""
     library = ctypes.CDLL(str(path))
-    if not hasattr(library, "stamina_interface_version") or (
-        library.stamina_interface_version() != _INTERFACE_VERSION
-    ):
-        raise OSError("it was built from another version of the sources; build it again")
+    check_interface(getattr(library, "stamina_interface_version", None), _INTERFACE_VERSION)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     group = (pointer, integer, integer)
     signatures = {

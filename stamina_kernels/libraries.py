@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a compiled library is not beside the package's own files."""
+"""Whether a compiled library is there and of these sources."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+
+def check_interface(version: Callable[[], int] | None, needed: int) -> None:
+    """Raise OSError unless a library tells the interface version that is needed."""
+    if version is None or version() != needed:
+        raise OSError("it was built from another version of the sources; build it again")
 
 
 def missing_reason(library: Path, needs: str) -> str:

@@ -31,6 +31,17 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Backend `triton` cannot run on the CPU; no answer is remembered from or for another test."""
+    from stamina_kernels import dispatch
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._unavailable_reason.cache_clear()
+    yield
+    dispatch._unavailable_reason.cache_clear()
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -10,8 +10,6 @@ from pydantic import ValidationError
 from stamina_adapters import fold_stamina, save_stamina_weights
 from stamina_adapters.training.config import TrainingConfig
 
-from stamina_kernels import dispatch
-
 
 def _generate(model, out, *more):
     return run("generate", "a photo", MODEL, model, "--output_dir", out, *more)
@@ -60,15 +58,6 @@ def test_folders_that_cannot_be_made_are_told(tmp_path):
     file.write_text("")
     refused(run("pretrain", "--output_dir", file), "--output_dir", "is a file")
     refused(run("pretrain", "--output_dir", file / "x"), "--output_dir", "cannot be made")
-
-
-@pytest.fixture
-def no_interpreter(monkeypatch):
-    """Backend `triton` cannot run on the CPU; no answer is remembered from or for another test."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._unavailable_reason.cache_clear()
-    yield
-    dispatch._unavailable_reason.cache_clear()
 
 
 @pytest.mark.parametrize(

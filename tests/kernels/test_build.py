@@ -77,18 +77,18 @@ def test_a_broken_library_is_reported(backend, tmp_path, monkeypatch):
     assert "library.so cannot be used" in backend.unavailable_reason.__wrapped__()
 
 
-def test_a_library_of_other_sources_is_reported(monkeypatch):
+@pytest.mark.parametrize(("backend", "module"), [(cpu, cpu), (cuda, cuda_interface)])
+def test_a_library_of_other_sources_is_reported(backend, module, monkeypatch):
     """As after an update of the sources without a build."""
-    for backend, module in ((cpu, cpu), (cuda, cuda_interface)):
-        if not backend._LIBRARY.exists():
-            pytest.skip(f"needs {backend._LIBRARY.name}")
-        monkeypatch.setattr(module, "_INTERFACE_VERSION", 0)
-        monkeypatch.setattr(backend, "_library", backend._library.__wrapped__)
-        reason = backend.unavailable_reason.__wrapped__()
-        assert reason == (
-            f"{backend._LIBRARY.name} cannot be used: it was built from another version of the "
-            "sources; build it again"
-        )
+    if not backend._LIBRARY.exists():
+        pytest.skip(f"needs {backend._LIBRARY.name}")
+    monkeypatch.setattr(module, "_INTERFACE_VERSION", 0)
+    monkeypatch.setattr(backend, "_library", backend._library.__wrapped__)
+    reason = backend.unavailable_reason.__wrapped__()
+    assert reason == (
+        f"{backend._LIBRARY.name} cannot be used: it was built from another version of the "
+        "sources; build it again"
+    )
 
 
 def test_a_library_from_before_versions_is_reported(tmp_path):

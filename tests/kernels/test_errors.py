@@ -193,15 +193,6 @@ def test_fold_checks_everything_before_it_writes():
         assert torch.equal(weight, before)
 
 
-@pytest.fixture
-def no_interpreter(monkeypatch):
-    """Backend `triton` cannot run on the CPU; no answer is remembered from or for another test."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._unavailable_reason.cache_clear()
-    yield
-    dispatch._unavailable_reason.cache_clear()
-
-
 def test_unusable_backend_says_what_is_supported(no_interpreter):
     with pytest.raises(
         RuntimeError, match=r"backend 'triton' cannot be used: .*supported here: ref"

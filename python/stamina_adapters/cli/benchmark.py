@@ -14,6 +14,7 @@ from stamina_adapters.cli.embedded import model_path
 from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.workspace import (
     check_inference_steps,
+    check_length,
     check_new_tokens,
     counted,
     full_disk_is_told,
@@ -138,14 +139,8 @@ def _check_lengths(pipe: Any, spec: BenchmarkSpec, material: Material) -> None:
     prompts = {spec.prompts.pair.format(first="a", second="a"): "pair"} if spec.pairs else {}
     families = {concept.family for concept in material.concepts if concept.family}
     prompts |= {spec.prompts.family.format(family=family): "family" for family in families}
-    longest = pipe.tokenizer.model_max_length
     for prompt, name in prompts.items():
-        length = len(pipe.tokenizer(prompt).input_ids)
-        if length > longest:
-            raise InputError(
-                f"--sequence: prompts.{name} has {length} tokens in {prompt!r}; shorten it to "
-                f"{longest}"
-            )
+        check_length(pipe, prompt, f"--sequence: prompts.{name}")
 
 
 def _check_runs(

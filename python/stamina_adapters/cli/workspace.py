@@ -81,20 +81,23 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     return pipe.to(device)
 
 
+def check_length(pipe: Any, prompt: str, argument: str) -> None:
+    """Raise `InputError` for a prompt that the model would cut short."""
+    longest = pipe.tokenizer.model_max_length
+    length = len(pipe.tokenizer(prompt).input_ids)
+    if length > longest:
+        raise InputError(f"{argument} has {length} tokens; shorten it to {longest}")
+
+
 def check_new_tokens(pipe: Any, concepts: Sequence[ConceptSpec], argument: str) -> None:
     """Raise `InputError` when a token is a word already, or a prompt is longer than the model's."""
-    longest = pipe.tokenizer.model_max_length
     for concept in concepts:
         try:
             check_new_token(pipe, "text_encoder", concept.token)
         except ValueError as error:
             raise InputError(f"{argument}: {error}; choose another") from error
-        length = len(pipe.tokenizer(concept.instance_prompt.replace(concept.token, "a")).input_ids)
-        if length > longest:
-            raise InputError(
-                f"{argument}: instance_prompt of {concept.token!r} has {length} tokens; "
-                f"shorten it to {longest}"
-            )
+        prompt = concept.instance_prompt.replace(concept.token, "a")
+        check_length(pipe, prompt, f"{argument}: instance_prompt of {concept.token!r}")
 
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
