@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from rich.table import Column
 from rich.table import Table as ScreenTable
 
 from benchmarks import record
@@ -67,7 +68,9 @@ def comparison(first: Result, second: Result) -> Iterator[ScreenTable | str]:
     before, after = ({key(row): row for row in result["rows"]} for result in (first, second))
     if _identity(first) != _identity(second):
         yield "The machines differ: ratios of times compare machines as well."
-    table = ScreenTable("suite", "case", "provider", "pass", "A", "B", "unit", "B / A")
+    # narrow screens may break a refusal between its words, not within one
+    ratio = Column("B / A", min_width=max(map(len, REFUSED.split())))
+    table = ScreenTable("suite", "case", "provider", "pass", "A", "B", "unit", ratio)
     for name in [name for name in before if name in after]:
         unit, a = _quantity(before[name])
         _, b = _quantity(after[name])
