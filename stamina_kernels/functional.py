@@ -6,7 +6,7 @@ B r x I, U O x m, V m x I, b 0-dim. Several projections that share X form a grou
 along O. Every check reads metadata only, so that no call waits for a device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -46,6 +46,8 @@ from stamina_kernels.projection import (
 from stamina_kernels.reference import round_factors, word_count
 from stamina_kernels.reference import unpack_bits as _unpack_bits
 
+_COORDINATES = ("layer_id", "row0", "col0")
+
 
 def _as_group(
     projections: MaskedProjection | Sequence[MaskedProjection],
@@ -55,11 +57,15 @@ def _as_group(
     return group
 
 
-def _column(group: Sequence[MaskedProjection], field: str) -> list[Any]:
-    values = [getattr(p, field) for p in group]
-    if values[0] is None:
-        return []
-    return [v.contiguous() for v in values] if isinstance(values[0], Tensor) else values
+def _columns(group: Sequence[MaskedProjection], *fields: str) -> Iterator[list[Any]]:
+    """Field by field of all projections, tensors contiguous; [] for one that is not given."""
+    columns = dict(zip(MaskedProjection._fields, zip(*group, strict=True), strict=True))
+    for field in fields:
+        column = columns[field]
+        if field in _COORDINATES:
+            yield list(column)
+        else:
+            yield [] if column[0] is None else [tensor.contiguous() for tensor in column]
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -123,8 +129,8 @@ def masked_linear(
             fail(f"projections[{k}].weight", p.weight.dtype, as_x, TypeError)
     output = ops.masked_linear(
         computed.contiguous(),
-        [_column(group, f) for f in ("weight", "bias", *FACTORS, "weight_init")],
-        scale, tau, seed, step, *(_column(group, f) for f in ("layer_id", "row0", "col0")),
+        list(_columns(group, "weight", "bias", *FACTORS, "weight_init")),
+        scale, tau, seed, step, *_columns(group, *_COORDINATES),
         hard, sparse_kind, _resolve(backend, x, accumulate),
     )  # fmt: skip
     return MaskedLinearOutput(*output)
@@ -158,9 +164,9 @@ def sample_mask(
     check_flag("hard", hard)
     if not hard:
         check_streams(group)
-    factors = [[t.detach() for t in _column(group, f)] for f in ("U", "V", "b")]
+    factors = [[t.detach() for t in column] for column in _columns(group, "U", "V", "b")]
     bits: Tensor = torch.ops.stamina.sample(
-        *factors, seed, step, *(_column(group, f) for f in ("layer_id", "row0", "col0")), hard,
+        *factors, seed, step, *_columns(group, *_COORDINATES), hard,
         _resolve(backend, group[0].weight, group[0].A.dtype),
     )  # fmt: skip
     return bits
@@ -189,7 +195,7 @@ def compose(
     dtype = first.dtype if dtype is None else dtype
     if dtype not in (*FLOATS, accumulate):
         fail("dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16", TypeError)
-    lists = [[t.detach() for t in _column(group, f)] for f in ("weight", "A", "B")]
+    lists = [[t.detach() for t in column] for column in _columns(group, "weight", "A", "B")]
     effective: Tensor = torch.ops.stamina.compose(
         *lists, bits.contiguous(), scale, dtype, _resolve(backend, first, accumulate)
     )

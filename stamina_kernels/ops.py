@@ -9,12 +9,14 @@ nothing is saved but inputs and the packed bits.
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stamina_kernels import dispatch
+from stamina_kernels.checks import PLAIN
 from stamina_kernels.reference import word_count
 
 _log = logging.getLogger(__name__)
@@ -217,7 +219,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: Sequence[int], rest: Any, *tensors: Tensor) -> Any:
         members = iter(tensors)
-        lists = [[next(members) for _ in range(length)] for length in lengths]
+        lists = [list(islice(members, length)) for length in lengths]
         inputs = (x, *lists, *rest)
         output = _implementations["masked_linear"](*inputs)
         _setup_context(ctx, inputs, output)
@@ -239,7 +241,7 @@ def _is_plain_eager(tensors: Sequence[Tensor]) -> bool:
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+        or not {*map(type, tensors)} <= PLAIN
     )
 
 
@@ -249,6 +251,8 @@ def masked_linear(x: Tensor, lists: Sequence[Sequence[Tensor]], *rest: Any) -> A
         return torch.ops.stamina.masked_linear(x, *lists, *rest)
     tensors = [t for members in lists for t in members]
     if _is_plain_eager([x, *tensors]):
+        if not torch.is_grad_enabled():
+            return _implementations["masked_linear"](x, *lists, *rest)
         return _Eager.apply(x, [len(members) for members in lists], rest, *tensors)
     return torch.ops.stamina.masked_linear(x, *lists, *rest)
 

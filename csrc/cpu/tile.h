@@ -9,10 +9,8 @@ namespace stamina::STAMINA_ISA {
 namespace {
 
 constexpr int kVectorsPerWord = kWordColumns / kWidth;
-// Philox works on this many vectors of counters at once, whose chains of multiplications overlap.
-constexpr int kChains = 2;
 // room for the columns before the tile that share its first counter
-constexpr int kPhiloxWords = kTileColumns + 4 * kCounters * kChains;
+constexpr int kPhiloxWords = kTileColumns + 4 * kCounters * kPhiloxChains;
 
 struct alignas(64) Tile {
   float values[kTileRows * kTileColumns];
@@ -45,7 +43,8 @@ inline void multiply_exactly(const LowRank& product, int rows, int columns, Tile
 // only low words enter a product. After two of the ten rounds the state still splits into a part
 // that depends on the column alone and one that depends on the row alone:
 //   round 1: (hi(m1 step) ^ row ^ k,  lo(m1 step),  hi(m0 c) ^ layer ^ k',  lo(m0 c))
-// so those two are done once per tile and once per row, and the other eight per element.
+// so those two are done once per tile and once per row, and the other eight per element, on
+// kPhiloxChains vectors of counters at once, whose chains of multiplications overlap.
 constexpr int kSharedRounds = 2;
 constexpr int kCounterGroups = kPhiloxWords / 4 / kCounters;
 
@@ -86,10 +85,10 @@ class PhiloxVectors {
     const Q key = set_lane(next_key(key_).high);
     const Q multiplier0 = set_lane(kPhiloxMultiplier0);
     const Q multiplier1 = set_lane(kPhiloxMultiplier1);
-    for (int g = 0; g < groups; g += kChains) {
-      Q c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+    for (int g = 0; g < groups; g += kPhiloxChains) {
+      Q c0[kPhiloxChains], c1[kPhiloxChains], c2[kPhiloxChains], c3[kPhiloxChains];
       STAMINA_UNROLL
-      for (int n = 0; n < kChains; ++n) {
+      for (int n = 0; n < kPhiloxChains; ++n) {
         c0[n] = c0_[g + n];
         c1[n] = c1_[g + n];
         c2[n] = xor3(row_high, c2_[g + n], key);
@@ -98,7 +97,7 @@ class PhiloxVectors {
       STAMINA_UNROLL
       for (int round = kSharedRounds; round < kPhiloxRounds; ++round) {
         STAMINA_UNROLL
-        for (int n = 0; n < kChains; ++n) {
+        for (int n = 0; n < kPhiloxChains; ++n) {
           const Q product0 = multiply_low_words(c0[n], multiplier0);
           const Q product1 = multiply_low_words(c2[n], multiplier1);
           c0[n] = xor3(high_words(product1), c1[n], low_[round]);
@@ -108,7 +107,7 @@ class PhiloxVectors {
         }
       }
       STAMINA_UNROLL
-      for (int n = 0; n < kChains; ++n) {
+      for (int n = 0; n < kPhiloxChains; ++n) {
         store_philox(out + 4 * kCounters * (g + n), c0[n], c1[n], c2[n], c3[n]);
       }
     }
@@ -143,8 +142,9 @@ class PhiloxRows {
   PhiloxRows(const Stream& stream, int columns)
       : first_row_(static_cast<uint32_t>(stream.row)),
         offset_(static_cast<int>(stream.column & 3)),
-        groups_(static_cast<int>(round_up(offset_ + whole_words(columns), 4 * kCounters * kChains) /
-                                 (4 * kCounters))),
+        groups_(static_cast<int>(
+            round_up(offset_ + whole_words(columns), 4 * kCounters * kPhiloxChains) /
+            (4 * kCounters))),
         vectors_(stream, groups_) {}
 
   const uint32_t* row(int i) {

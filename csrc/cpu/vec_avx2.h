@@ -13,6 +13,7 @@ constexpr int kWidth = 8;
 constexpr int kGemmRows = 6;
 constexpr int kGemmVectors = 2;
 constexpr int kInnerRows = 256;
+constexpr int kPhiloxChains = 2;
 
 using F = __m256;
 using U = __m256i;

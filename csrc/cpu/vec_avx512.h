@@ -13,6 +13,7 @@ constexpr int kWidth = 16;
 constexpr int kGemmRows = 6;
 constexpr int kGemmVectors = 4;
 constexpr int kInnerRows = 160;
+constexpr int kPhiloxChains = 4;
 
 using F = __m512;
 using U = __m512i;

@@ -14,6 +14,7 @@ constexpr int kWidth = 4;
 constexpr int kGemmRows = 4;
 constexpr int kGemmVectors = 2;
 constexpr int kInnerRows = 256;
+constexpr int kPhiloxChains = 2;
 
 struct F {
   float v[kWidth];
