@@ -3,13 +3,20 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from stamina_adapters.cli.progress import RunProgress
+from stamina_adapters.cli.train import summary_table
 from stamina_adapters.training.trainer import StepReport
 
-TITLES = ("draw landmark-000, learned alone", "learn 5/5 <a-very-long-name-of-a-concept>")
+# the last is what rich would take for a style
+TITLES = (
+    "draw landmark-000, learned alone",
+    "learn 5/5 <a-very-long-name-of-a-concept>",
+    "learn 1/5 [bold]",
+)
 
 
 def test_a_line_is_written_at_once_when_something_begins():
@@ -41,3 +48,12 @@ def test_no_number_is_cut_at_80_columns(steps):
         assert line.startswith(title[:30])
         numbers = rf"1/{steps} 0:00:00 loss 0\.5000  density 0\.84"
         assert re.search(numbers, line), line
+
+
+def test_a_token_in_square_brackets_is_shown_as_it_is():
+    last = SimpleNamespace(sampled=0.1, committed=0.1)
+    step = SimpleNamespace(density=None)
+    log = SimpleNamespace(token="[bold]", images=4, probes=[last], steps=[step], seconds=1.0)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summary_table([log]))
+    assert "[bold]" in console.file.getvalue()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from stamina_adapters.cli.benchmark import embedder
@@ -162,7 +163,8 @@ def _table(figures: Figures) -> Table:
     for title in ("concept", "told as itself", "cosine to real", "MMD to real"):
         table.add_column(title, justify="left" if title == "concept" else "right")
     for row in figures.concepts:
-        table.add_row(row.token, _share(row.accuracy), f"{row.cosine:.3f}", f"{row.mmd:.3f}")
+        name = escape(row.token)  # square brackets are no style
+        table.add_row(name, _share(row.accuracy), f"{row.cosine:.3f}", f"{row.mmd:.3f}")
     table.add_section()
     table.add_row("mean", _share(figures.accuracy), f"{figures.cosine:.3f}", f"{figures.a_mmd:.3f}")
     return table

@@ -35,7 +35,11 @@ class RunProgress:
         # a long title is cut, and never the numbers
         width = max(8, console.width - _BESIDE_TITLE)
         self._progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=width)),
+            TextColumn(
+                "{task.description}",
+                markup=False,
+                table_column=Column(no_wrap=True, max_width=width),
+            ),
             BarColumn(),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),

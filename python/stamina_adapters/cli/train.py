@@ -9,6 +9,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from stamina_adapters.cli.embedded import embedded_concepts, model_path, write_embedded_images
@@ -87,7 +88,7 @@ def summary_table(logs: list[ConceptLog]) -> Table:
         last = log.probes[-1]
         density = log.steps[-1].density
         table.add_row(
-            log.token,
+            escape(log.token),
             str(log.images),
             f"{last.sampled:.4f}",
             f"{last.committed:.4f}",
