@@ -89,52 +89,95 @@ struct FoldBuffers {
   }
 };
 
-void load_right(const Adapter& adapter, int64_t total, int64_t first, int columns, float* right) {
-  for (int k = 0; k < adapter.rank; ++k) {
+// Rows of a block are short and far apart, which defeats the hardware's prefetcher: what comes next
+// is asked for a little at a time, between the uses of what is there.
+inline void prefetch(const void* begin, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    __builtin_prefetch(static_cast<const char*>(begin) + at);
+  }
+}
+
+// The part of an adapter that a task takes.
+struct Piece {
+  const Layer& layer;
+  const Adapter& adapter;
+  const Task& task;
+
+  const uint16_t* left() const { return adapter.a + task.row * adapter.rank; }
+  const uint16_t* right(int k, int64_t column) const {
+    return adapter.b + k * layer.columns + task.column + column;
+  }
+  const uint32_t* bits(int64_t row, int64_t column) const {
+    return adapter.bits + (task.row + row) * layer.words() + (task.column + column) / kWordColumns;
+  }
+};
+
+// Loads a strip of B while that of the adapter after it is asked for.
+void load_right(const Piece& piece, const Piece& next, int64_t first, int columns, float* right) {
+  for (int k = 0; k < piece.adapter.rank; ++k) {
+    if (k < next.adapter.rank) prefetch(next.right(k, first), columns * size_of(DType::kFloat16));
     float* strip = right + k * kTileColumns;
-    active_kernels().convert(adapter.b + k * total + first, DType::kFloat16, strip, DType::kFloat32,
+    active_kernels().convert(piece.right(k, first), DType::kFloat16, strip, DType::kFloat32,
                              columns);
     for (int j = columns; j < round_up(columns, kWordColumns); ++j) strip[j] = 0.0f;
   }
 }
 
-void add_adapter(const Layer& layer, const Adapter& adapter, const Task& task, int64_t rows,
-                 int64_t columns, const FoldBuffers& buffers) {
-  active_kernels().convert(adapter.a + task.row * adapter.rank, DType::kFloat16, buffers.left.get(),
-                           DType::kFloat32, rows * adapter.rank);
-  for (int64_t j = 0; j < columns; j += kTileColumns) {
-    const int64_t first = task.column + j;
-    const int width = static_cast<int>(least(kTileColumns, columns - j));
-    load_right(adapter, layer.columns, first, width, buffers.right.get());
+void add_adapter(const Piece& piece, const Piece& next, int64_t rows, int64_t columns,
+                 const FoldBuffers& buffers) {
+  const int rank = piece.adapter.rank;
+  active_kernels().convert(piece.left(), DType::kFloat16, buffers.left.get(), DType::kFloat32,
+                           rows * rank);
+  const int64_t tiles = count_of(columns, kTileColumns);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * kTileColumns;
+    const int width = static_cast<int>(least(kTileColumns, columns - first));
+    load_right(piece, next, first, width, buffers.right.get());
+    for (int64_t i = part(rows, tiles, tile); i < part(rows, tiles, tile + 1); ++i) {
+      prefetch(next.bits(i, 0), columns / 8);
+    }
     active_kernels().fold({static_cast<int>(rows),
                            width,
-                           {buffers.left.get(), buffers.right.get(), adapter.rank},
-                           adapter.coefficient,
-                           adapter.bits + task.row * layer.words() + first / kWordColumns,
-                           layer.words(),
-                           buffers.at(0, j)});
+                           {buffers.left.get(), buffers.right.get(), rank},
+                           piece.adapter.coefficient,
+                           piece.bits(0, first),
+                           piece.layer.words(),
+                           buffers.at(0, first)});
   }
 }
 
-// Returns whether every result is finite.
-bool fold_block(const Layer& layer, const Task& task, const FoldBuffers& buffers) {
-  const int64_t rows = least(kFoldRows, layer.rows - task.row);
-  const int64_t columns = least(kFoldColumns, layer.columns - task.column);
-  std::memset(buffers.total.get(), 0, sizeof(float) * kFoldRows * kFoldColumns);
-  for (const Adapter& adapter : layer.adapters) {
-    add_adapter(layer, adapter, task, rows, columns, buffers);
-  }
+// W = round(W_init + total) of a task. Returns whether every result is finite.
+bool round_block(const Layer& layer, const Task& task, int64_t rows, int64_t columns,
+                 const FoldBuffers& buffers) {
+  constexpr int64_t kAhead = 2;  // rows that are asked for before they are used
   bool finite = true;
   for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = task.row + i, bytes = columns * size_of(layer.weight.dtype);
+    if (i + kAhead < rows) {
+      prefetch(matrix_at(layer.initial, row + kAhead, task.column).data, bytes);
+      prefetch(matrix_at(layer.weight, row + kAhead, task.column).data, bytes);
+    }
     for (int64_t j = 0; j < columns; j += kTileColumns) {
-      const Matrix source = matrix_at(layer.initial, task.row + i, task.column + j);
-      const Matrix target = matrix_at(layer.weight, task.row + i, task.column + j);
+      const Matrix source = matrix_at(layer.initial, row, task.column + j);
+      const Matrix target = matrix_at(layer.weight, row, task.column + j);
       finite &= active_kernels().round_sum(buffers.at(i, j), source.data, target.data,
                                            static_cast<int>(least(kTileColumns, columns - j)),
                                            target.dtype);
     }
   }
   return finite;
+}
+
+bool fold_block(const Layer& layer, const Task& task, const FoldBuffers& buffers) {
+  const int64_t rows = least(kFoldRows, layer.rows - task.row);
+  const int64_t columns = least(kFoldColumns, layer.columns - task.column);
+  std::memset(buffers.total.get(), 0, sizeof(float) * kFoldRows * kFoldColumns);
+  const size_t last = layer.adapters.size() - 1;
+  for (size_t t = 0; t <= last; ++t) {
+    const Piece next{layer, layer.adapters[t < last ? t + 1 : last], task};
+    add_adapter({layer, layer.adapters[t], task}, next, rows, columns, buffers);
+  }
+  return round_block(layer, task, rows, columns, buffers);
 }
 
 void restore(const Layer& layer) {
