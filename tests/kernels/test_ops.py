@@ -195,3 +195,19 @@ def test_eager_calls_equal_the_registered_operation(monkeypatch, bias, initial):
     for got, expected in zip(short, run(problem, "reference"), strict=True):
         pairs = zip(got, expected, strict=True) if isinstance(got, list) else [(got, expected)]
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_without_gradients_a_call_gives_the_same_and_saves_nothing(backend):
+    problem = make_problem([7, 5], 37, (2, 3), bias=True).with_grad()
+    scalars = {name: getattr(problem, name) for name in ("scale", "tau", "seed", "step")}
+
+    def call():
+        return masked_linear(problem.x, problem.group, **scalars, backend=backend)
+
+    trained = call()
+    for block in (torch.no_grad, torch.inference_mode):
+        with block():
+            drawn = call()
+        assert all(torch.equal(a, b) for a, b in zip(drawn, trained, strict=True))
+        assert not any(t.requires_grad for t in drawn)
