@@ -198,7 +198,7 @@ def test_eager_calls_equal_the_registered_operation(monkeypatch, bias, initial):
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
-def test_without_gradients_a_call_gives_the_same_and_saves_nothing(backend):
+def test_without_gradients_a_call_gives_the_same_bits(backend):
     problem = make_problem([7, 5], 37, (2, 3), bias=True).with_grad()
     scalars = {name: getattr(problem, name) for name in ("scale", "tau", "seed", "step")}
 
