@@ -2,8 +2,8 @@
 """Builds `stamina_kernels/_cpu.so` and `_cuda.so`; everything else is in pyproject.toml.
 
 `_cpu.so` uses torch's stable ABI only: one build serves torch 2.11 and later, and any Python.
-`kernels.cpp` is compiled once per instruction set and chosen at run time. `_cuda.so` has a C
-interface and nothing of torch or the driver; nvcc is taken from CUDACXX, PATH or CUDA_HOME.
+Tile kernels are compiled once per instruction set, one of which is chosen at run time. `_cuda.so`
+has a C interface and nothing of torch or the driver; nvcc is taken from CUDACXX, PATH or CUDA_HOME.
 Without a compiler, without torch or without nvcc at build time the package installs without that
 library and says so.
 """
@@ -31,18 +31,24 @@ FLAGS = [
     "-Wextra",
 ]
 HOST_SOURCES = ["backward.cpp", "fold.cpp", "forward.cpp", "isa.cpp", "library.cpp", "mlp.cpp"]
-INSTRUCTION_SETS = {"portable": []}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [
+    *AVX2,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mprefer-vector-width=512",
+    "-Wno-uninitialized",  # false alarms inside GCC 12's own avx512fintrin.h
+    "-Wno-maybe-uninitialized",
+]
+# source, instruction set, flags
+SIMD_SOURCES = [("kernels.cpp", "portable", [])]
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["avx512"] = [
-        *INSTRUCTION_SETS["avx2"],
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mprefer-vector-width=512",
-        "-Wno-uninitialized",  # false alarms inside GCC 12's own avx512fintrin.h
-        "-Wno-maybe-uninitialized",
+    SIMD_SOURCES += [
+        ("kernels.cpp", "avx2", AVX2),
+        ("kernels.cpp", "avx512", AVX512),
+        ("pairs.cpp", "avx512", [*AVX512, "-mavx512bf16"]),
     ]
 
 CUDA_FLAGS = [
@@ -105,9 +111,9 @@ class BuildLibraries(build_ext):
             extra_postargs=common,
             depends=ext.depends,
         )
-        for name, flags in INSTRUCTION_SETS.items():
+        for source, name, flags in SIMD_SOURCES:
             objects += self.compiler.compile(
-                [str(folder / "kernels.cpp")],
+                [str(folder / source)],
                 output_dir=os.path.join(self.build_temp, name),
                 extra_postargs=[*FLAGS, *flags, f"-DSTAMINA_ISA_{name.upper()}"],
                 depends=ext.depends,
@@ -125,7 +131,7 @@ setup(
     ext_modules=[
         Extension(
             "stamina_kernels._cpu",
-            sources=[f"csrc/cpu/{name}" for name in ("kernels.cpp", *HOST_SOURCES)],
+            sources=[f"csrc/cpu/{name}" for name in ("kernels.cpp", "pairs.cpp", *HOST_SOURCES)],
             optional=True,  # a failed build is reported, not fatal
             depends=sorted(str(path) for path in Path("csrc").glob("*/*.h")),
         ),

@@ -3,8 +3,8 @@
 
 The functions are those of `reference.py`, which defines them. The library `_cpu.so` is loaded on
 first use and registers `torch.ops.stamina_cpu`. The environment variable STAMINA_CPU_ISA forces an
-instruction set: avx512, avx2 or portable; the first call raises RuntimeError for one that this
-machine lacks.
+instruction set: avx512_bf16, avx512, avx2 or portable; the first call raises RuntimeError for one
+that this machine lacks.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,11 @@ def _kernels() -> Any:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: avx512, avx2 or portable."""
+    """The instruction set in use: avx512_bf16, avx512, avx2 or portable.
+
+    On avx512_bf16 the products of a bf16 X with W_eff and dY take bf16 operands, twice as fast; on
+    the others fp32 ones. Sums are fp32 on all, and the masks the same.
+    """
     name: str = _kernels().instruction_set("")
     return name
 

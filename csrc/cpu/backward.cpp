@@ -122,10 +122,10 @@ struct Strip {
   InputStrip x;
   Scratch<float> block, dx;
 
-  Strip(int64_t tokens, int64_t block_rows)
+  Strip(int64_t tokens, int64_t block_rows, const Format& format)
       : first(0),
         columns(0),
-        x(tokens),
+        x(tokens, format),
         block(block_rows * kBlockStride),
         dx(tokens * kBlockStride) {}
 };
@@ -173,14 +173,14 @@ void backward_member(const BackwardCall& call, const OutputGradients& dy, size_t
   tile.d_right = product.gradient();
   tile.d_logits_right = logits.gradient();
   tile.d_bias = &partial.bias[k];
-  for (const RowBlock& block : call.blocks) {
+  for (size_t p = 0; p < call.blocks.size(); ++p) {
+    const RowBlock& block = call.blocks[p];
     if (block.member != static_cast<int>(k)) continue;
-    const int64_t row = first_row(call.group, block), rows = block.end - block.begin;
-    dy.multiply_inputs(row, rows, strip.x.get(), strip.columns, strip.block.get());
+    dy.multiply_inputs(p, strip.x.get(), strip.columns, strip.block.get());
     contract_block(call, block, strip, tile, product, logits, partial.values.get() + layout.a[k],
                    partial.values.get() + layout.u[k]);
     if (tile.composes) {
-      dy.multiply_effective(row, rows, strip.block.get(), strip.columns, strip.dx.get());
+      dy.multiply_effective(p, strip.block.get(), strip.columns, strip.dx.get());
     }
   }
   const Offsets at = offsets_of(m, total, 0);
@@ -229,7 +229,7 @@ void run_strips(const BackwardCall& call, const OutputGradients& dy, const Parti
   const int64_t words = call.group.words();
   const auto slots = static_cast<int64_t>(partials.size());
   parallel(slots, [&](int64_t begin, int64_t end) {
-    Strip strip(call.tokens, largest_block(call.blocks));
+    Strip strip(call.tokens, largest_block(call.blocks), Format(call.x.dtype));
     for (int64_t slot = begin; slot < end; ++slot) {
       partials[slot] = std::make_unique<Partial>(layout.floats, call.group.members.size());
       for (int64_t p = part(strips, slots, slot); p < part(strips, slots, slot + 1); ++p) {
@@ -304,7 +304,7 @@ std::tuple<Tensor, Tensor> masked_linear_backward(
   std::vector<std::unique_ptr<Partial>> partials(
       static_cast<size_t>(slot_count(call.group, layout, strip_count(call.group))));
   const OutputGradients gradients_of_y({dy.data_ptr(), rows, dtype}, call.tokens, call.group,
-                                       call.blocks);
+                                       call.blocks, Format(dtype));
   run_strips(call, gradients_of_y, layout, out, partials);
   store_left(call, layout, partials, out);
   return {dx, gradients};

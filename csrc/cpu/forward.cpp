@@ -134,10 +134,9 @@ struct ForwardCall {
 
 std::vector<Sums> run_forward(const ForwardCall& call) {
   const Group& group = call.group;
-  const TokenPanels x(Floats(call.x, call.tokens, group.columns, call.dtype).get(), call.tokens,
-                      group.columns);
+  const TokenPanels x(call.x, call.tokens, group.columns, call.dtype, Format(call.dtype));
   const bool biased = call.bias != nullptr;
-  const Floats bias(call.bias, biased ? 1 : 0, group.rows, call.dtype);
+  const Words bias(call.bias, biased ? 1 : 0, group.rows, call.dtype, Format(DType::kFloat32));
   const std::vector<RightStrips> strips = right_strips(group);
   const int64_t rows = largest_block(call.blocks);
   std::vector<Sums> sums(call.blocks.size(), Sums{});

@@ -10,10 +10,14 @@ namespace {
 // Small fixed loops must vanish early, or their arrays live in memory instead of registers.
 #define STAMINA_UNROLL _Pragma("GCC unroll 16")
 
-// The left operand with any strides: element (i, k) is data[i * row + k * inner].
+// The left operand with any strides: element (i, k) is data[i * row + k * inner]. It also says how
+// its elements are multiplied with those of the right one.
 struct Left {
   const float* data;
   int64_t row, inner;
+
+  Left below(int rows) const { return {data + rows * row, row, inner}; }
+  static F accumulate(F factor, F row, F sum) { return multiply_add(factor, row, sum); }
 };
 
 // Where a product goes: put(i, v, x) takes vector v of row i. What a product is added to is added
@@ -31,8 +35,8 @@ struct Out {
   }
 };
 
-template <int kRows, int kVectors, class Target>
-inline void gemm_block(int inner, Left left, const float* right, int64_t right_stride,
+template <int kRows, int kVectors, class LeftType, class Target>
+inline void gemm_block(int inner, LeftType left, const float* right, int64_t right_stride,
                        const Target& target) {
   F sums[kRows][kVectors];
   STAMINA_UNROLL
@@ -49,7 +53,9 @@ inline void gemm_block(int inner, Left left, const float* right, int64_t right_s
     for (int i = 0; i < kRows; ++i) {
       const F factor = set(left.data[i * left.row + k * left.inner]);
       STAMINA_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add(factor, row[v], sums[i][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        sums[i][v] = LeftType::accumulate(factor, row[v], sums[i][v]);
+      }
     }
   }
   STAMINA_UNROLL
@@ -60,8 +66,8 @@ inline void gemm_block(int inner, Left left, const float* right, int64_t right_s
 }
 
 // Exactly `rows` < kRows rows.
-template <int kRows, int kVectors, class Target>
-inline void gemm_rest(int rows, int inner, Left left, const float* right, int64_t right_stride,
+template <int kRows, int kVectors, class LeftType, class Target>
+inline void gemm_rest(int rows, int inner, LeftType left, const float* right, int64_t right_stride,
                       const Target& target) {
   if constexpr (kRows > 1) {
     if (rows == kRows - 1) {
@@ -72,24 +78,22 @@ inline void gemm_rest(int rows, int inner, Left left, const float* right, int64_
   }
 }
 
-template <int kVectors, class Target>
-inline void gemm_strip(int rows, int inner, Left left, const float* right, int64_t right_stride,
+template <int kVectors, class LeftType, class Target>
+inline void gemm_strip(int rows, int inner, LeftType left, const float* right, int64_t right_stride,
                        const Target& target) {
   // a single vector wide, more rows keep as many independent chains in flight
   constexpr int kRows = kVectors == 1 ? 2 * kGemmRows : kGemmRows;
   int i = 0;
   for (; i + kRows <= rows; i += kRows) {
-    gemm_block<kRows, kVectors>(inner, {left.data + i * left.row, left.row, left.inner}, right,
-                                right_stride, target.below(i));
+    gemm_block<kRows, kVectors>(inner, left.below(i), right, right_stride, target.below(i));
   }
-  gemm_rest<kRows, kVectors>(rows - i, inner, {left.data + i * left.row, left.row, left.inner},
-                             right, right_stride, target.below(i));
+  gemm_rest<kRows, kVectors>(rows - i, inner, left.below(i), right, right_stride, target.below(i));
 }
 
 // target (rows x columns) takes left (rows x inner) right (inner x columns): one chain of
 // multiply-adds per element over ascending k. columns is a multiple of kLineFloats.
-template <int kVectors = kGemmVectors, class Target>
-inline void gemm(int rows, int columns, int inner, Left left, const float* right,
+template <int kVectors = kGemmVectors, class LeftType = Left, class Target>
+inline void gemm(int rows, int columns, int inner, LeftType left, const float* right,
                  int64_t right_stride, const Target& target) {
   constexpr int kColumns = kVectors * kWidth;
   int j = 0;
@@ -105,6 +109,7 @@ constexpr int64_t kPanelColumns = kGemmVectors * kWidth;
 
 // Nearly equal parts of at most kInnerRows rows of a panel stay in L1 while all rows of the left
 // operand pass.
+template <class LeftType>
 void block_product(const Product& p) {
   const int64_t parts = p.inner == 0 ? 1 : (p.inner + kInnerRows - 1) / kInnerRows;
   for (int64_t panel = 0; panel < p.columns; panel += kPanelColumns) {
@@ -114,7 +119,7 @@ void block_product(const Product& p) {
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = p.inner * part / parts;
       const int inner = static_cast<int>(p.inner * (part + 1) / parts - first);
-      const Left left{p.left + first * p.left_inner, p.left_row, p.left_inner};
+      const LeftType left{p.left + first * p.left_inner, p.left_row, p.left_inner};
       const float* rows = right + first * p.right_row;
       const Out<false> out{p.out + panel, p.out_stride};
       if (part > 0 || p.accumulate) {

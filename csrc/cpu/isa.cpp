@@ -16,6 +16,14 @@ struct Candidate {
   bool supported;
 };
 
+#if defined(__x86_64__)
+Kernels with_pairs(Kernels kernels, const char* name, const PairProducts* pairs) {
+  kernels.name = name;
+  kernels.pairs = pairs;
+  return kernels;
+}
+#endif
+
 // Widest first.
 const Candidate* candidates(int* count) {
 #if defined(__x86_64__)
@@ -24,8 +32,12 @@ const Candidate* candidates(int* count) {
   static const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const Candidate all[] = {
-      {&avx512::kernels, avx512}, {&avx2::kernels, avx2}, {&portable::kernels, true}};
+  static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const Kernels avx512_bf16 = with_pairs(avx512::kernels, "avx512_bf16", &avx512::pairs);
+  static const Candidate all[] = {{&avx512_bf16, bf16},
+                                  {&avx512::kernels, avx512},
+                                  {&avx2::kernels, avx2},
+                                  {&portable::kernels, true}};
 #else
   static const Candidate all[] = {{&portable::kernels, true}};
 #endif

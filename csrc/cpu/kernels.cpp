@@ -319,11 +319,12 @@ extern const Kernels kernels = {STAMINA_NAME(STAMINA_ISA),
                                 compose,
                                 backward,
                                 fold,
-                                block_product,
+                                block_product<Left>,
                                 mlp_forward,
                                 mlp_backward,
                                 round_sum,
                                 convert,
-                                philox_words};
+                                philox_words,
+                                nullptr};
 
 }  // namespace stamina::STAMINA_ISA

@@ -41,7 +41,8 @@ struct Stream {
 // out (rows x columns) = or += left right: one chain of multiply-adds per element over ascending k.
 // Element (i, k) of left is left[i * left_row + k * left_inner]. right comes in panels of
 // Kernels::panel_columns columns: element (k, j) of one is right[k * right_row + j], and panels are
-// right_panel apart. right and out have columns up to a multiple of kLineFloats.
+// right_panel apart. right and out have columns up to a multiple of kLineFloats. An element is a
+// float or, for PairProducts, two bf16 values of neighbouring k, the earlier one in the low half.
 struct Product {
   int64_t rows, columns, inner;
   const float* left;
@@ -141,6 +142,17 @@ struct Mlp {
   float* scratch;
 };
 
+// Products of bf16 values two at a time, where a CPU has them: twice the multiply-adds of fp32.
+// Sums are fp32; values below the smallest normal number count as zero.
+struct PairProducts {
+  void (*multiply)(const Product&);
+  // A block in rows of kBlockStride floats, rounded to bf16 and turned into pairs in its place: of
+  // neighbours in a row, the last of an odd number of columns with zero,
+  void (*pair_columns)(float* block, int64_t rows, int64_t columns);
+  // or of neighbours in a column, the last of an odd number of rows with zero.
+  void (*pair_rows)(float* block, int64_t rows, int64_t columns);
+};
+
 struct Kernels {
   const char* name;
   int64_t panel_columns;  // a divisor of kTileColumns
@@ -157,6 +169,7 @@ struct Kernels {
   void (*convert)(const void* source, DType from, void* target, DType to, int64_t n);
   // the raw words behind the uniforms of a tile, rows x columns
   void (*philox_words)(const Stream&, int rows, int columns, uint32_t* out);
+  const PairProducts* pairs;  // null where the CPU has none
 };
 
 // The table in use: the widest that this machine supports, or the one that the environment variable
@@ -166,7 +179,8 @@ void select_kernels(const char* name);
 
 namespace avx512 {
 extern const Kernels kernels;
-}
+extern const PairProducts pairs;  // of the extension for bf16
+}  // namespace avx512
 namespace avx2 {
 extern const Kernels kernels;
 }

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operands of the products with X and dY, packed for the tile kernels. All are fp32, in which
-// products of 16-bit values are exact.
+// Operands of the products with X and dY, packed for the tile kernels.
 #pragma once
 
 #include <cstring>
@@ -16,21 +15,69 @@ inline int64_t scratch_stride(int64_t columns) {
   return round_up(columns, kLineFloats) + kLineFloats;
 }
 
-// The values of a contiguous matrix as fp32: the matrix itself where it is, else a copy.
-class Floats {
+// How the products with X and dY take their operands: as fp32, in which products of 16-bit values
+// are exact, or bf16 in words of two values of neighbouring inner index, where the CPU multiplies
+// those. Words travel in arrays of floats.
+class Format {
  public:
-  Floats(void* data, int64_t rows, int64_t columns, DType dtype)
-      : copy_(dtype == DType::kFloat32 ? 0 : rows * columns),
-        data_(dtype == DType::kFloat32 ? static_cast<float*>(data) : copy_.get()) {
-    if (dtype == DType::kFloat32) return;
+  explicit Format(DType dtype)
+      : kernels_(active_kernels()), pairs_(dtype == DType::kBFloat16 ? kernels_.pairs : nullptr) {}
+
+  bool is_pairs() const { return pairs_ != nullptr; }
+  int64_t words(int64_t inner) const { return is_pairs() ? count_of(inner, 2) : inner; }
+  void multiply(const Product& product) const {
+    (is_pairs() ? pairs_->multiply : kernels_.multiply)(product);
+  }
+  // A block of W_eff as the left operand, inner index along its rows,
+  void pack_left(float* block, int64_t rows, int64_t columns) const {
+    if (is_pairs()) pairs_->pair_columns(block, rows, columns);
+  }
+  // and as the right one, inner index along its columns.
+  void pack_right(float* block, int64_t rows, int64_t columns) const {
+    if (is_pairs()) pairs_->pair_rows(block, rows, columns);
+  }
+  // n values as words along the row.
+  void pack_row(const void* values, DType dtype, int64_t n, float* words) const {
+    if (!is_pairs()) return kernels_.convert(values, dtype, words, DType::kFloat32, n);
+    if (n % 2 != 0) words[n / 2] = 0.0f;
+    std::memcpy(words, values, sizeof(uint16_t) * static_cast<size_t>(n));
+  }
+  // Word w along the columns of a matrix: of row w, or of rows 2 w and 2 w + 1 of `rows`.
+  void pack_rows(const Matrix& m, int64_t w, int64_t rows, int64_t columns, float* words) const {
+    if (!is_pairs()) return pack_row(matrix_at(m, w, 0).data, m.dtype, columns, words);
+    const auto* low = static_cast<const uint16_t*>(matrix_at(m, 2 * w, 0).data);
+    const bool last = 2 * w + 1 == rows;
+    const uint16_t* high = low + (last ? 0 : m.stride);
+    const uint32_t kept = last ? 0 : 0xFFFF;
+    for (int64_t j = 0; j < columns; ++j) {
+      const uint32_t word = low[j] | (high[j] & kept) << 16;
+      std::memcpy(words + j, &word, sizeof word);
+    }
+  }
+
+ private:
+  const Kernels& kernels_;
+  const PairProducts* pairs_;
+};
+
+// The rows of a contiguous matrix as words: the matrix itself where it has that form, else a copy.
+class Words {
+ public:
+  Words(void* data, int64_t rows, int64_t columns, DType dtype, const Format& format)
+      : direct_(dtype == DType::kFloat32), copy_(direct_ ? 0 : rows * format.words(columns)) {
+    data_ = direct_ ? static_cast<float*>(data) : copy_.get();
+    if (direct_) return;
     parallel(rows, [&](int64_t begin, int64_t end) {
-      active_kernels().convert(offset(data, begin * columns, dtype), dtype, data_ + begin * columns,
-                               DType::kFloat32, (end - begin) * columns);
+      for (int64_t i = begin; i < end; ++i) {
+        format.pack_row(offset(data, i * columns, dtype), dtype, columns,
+                        data_ + i * format.words(columns));
+      }
     });
   }
   const float* get() const { return data_; }
 
  private:
+  bool direct_;
   Scratch<float> copy_;
   float* data_;
 };
@@ -38,90 +85,128 @@ class Floats {
 // X^T as a right operand: panels of tokens, zero beyond the last.
 class TokenPanels {
  public:
-  TokenPanels(const float* x, int64_t tokens, int64_t columns)
-      : tokens_(tokens),
-        columns_(columns),
+  TokenPanels(void* x, int64_t tokens, int64_t columns, DType dtype, const Format& format)
+      : format_(format),
+        tokens_(tokens),
+        words_(format.words(columns)),
         width_(panel_columns()),
-        panels_(round_up(tokens, width_) * columns) {
-    const int64_t lines = count_of(columns, kLineFloats);
+        panels_(round_up(tokens, width_) * words_) {
+    const Words words(x, tokens, columns, dtype, format);
+    const int64_t lines = count_of(words_, kLineFloats);
     parallel(count_of(tokens, width_) * lines, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) pack(x, p / lines * width_, p % lines * kLineFloats);
-    });
-  }
-
-  // out [rows, tokens] = or += left [rows, columns] X[:, first : first + columns]^T
-  void multiply(const float* left, int64_t rows, int64_t first, int64_t columns, float* out) const {
-    active_kernels().multiply({rows, tokens_, columns, left, kBlockStride, 1,
-                               panels_.get() + first * width_, width_ * columns_, width_, out,
-                               scratch_stride(tokens_), first > 0});
-  }
-
- private:
-  void pack(const float* x, int64_t token, int64_t first) {
-    const int64_t last = least(first + kLineFloats, columns_);
-    float* out = panels_.get() + token * columns_;
-    for (int64_t t = 0; t < width_; ++t) {
-      const bool inside = token + t < tokens_;
-      const float* row = x + (inside ? token + t : 0) * columns_;
-      for (int64_t k = first; k < last; ++k) out[k * width_ + t] = inside ? row[k] : 0.0f;
-    }
-  }
-
-  int64_t tokens_, columns_, width_;
-  Scratch<float> panels_;
-};
-
-// dY as a left operand, both ways: G = dY^T X and dX = dY W_eff. Packed by blocks of rows of W: the
-// values of a token in a block are contiguous, and so are the tokens.
-class OutputGradients {
- public:
-  OutputGradients(const Matrix& dy, int64_t tokens, const Group& group,
-                  const std::vector<RowBlock>& blocks)
-      : tokens_(tokens), values_(tokens * group.rows) {
-    parallel(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
-        const int64_t row = first_row(group, blocks[p]), rows = blocks[p].end - blocks[p].begin;
-        for (int64_t t = 0; t < tokens; ++t) {
-          active_kernels().convert(matrix_at(dy, t, row).data, dy.dtype,
-                                   values_.get() + row * tokens + t * rows, DType::kFloat32, rows);
-        }
+        pack(words.get(), p / lines * width_, p % lines * kLineFloats);
       }
     });
   }
 
-  // gradient [rows, columns] = dY[:, row : row + rows]^T X for a strip of X in panels.
-  void multiply_inputs(int64_t row, int64_t rows, const float* x_panels, int64_t columns,
-                       float* gradient) const {
-    const int64_t width = panel_columns();
-    active_kernels().multiply({rows, columns, tokens_, values_.get() + row * tokens_, 1, rows,
-                               x_panels, width * tokens_, width, gradient, kBlockStride, false});
-  }
-
-  // dx [tokens, columns] = or += dY[:, row : row + rows] effective
-  void multiply_effective(int64_t row, int64_t rows, const float* effective, int64_t columns,
-                          float* dx) const {
-    active_kernels().multiply({tokens_, columns, rows, values_.get() + row * tokens_, rows, 1,
-                               effective, panel_columns(), kBlockStride, dx, kBlockStride,
-                               row > 0});
+  // out [rows, tokens] = or += left [rows, columns] X[:, first : first + columns]^T. left turns
+  // into words.
+  void multiply(float* left, int64_t rows, int64_t first, int64_t columns, float* out) const {
+    format_.pack_left(left, rows, columns);
+    format_.multiply({rows, tokens_, format_.words(columns), left, kBlockStride, 1,
+                      panels_.get() + format_.words(first) * width_, width_ * words_, width_, out,
+                      scratch_stride(tokens_), first > 0});
   }
 
  private:
+  void pack(const float* x, int64_t token, int64_t first) {
+    const int64_t last = least(first + kLineFloats, words_);
+    float* out = panels_.get() + token * words_;
+    for (int64_t t = 0; t < width_; ++t) {
+      const bool inside = token + t < tokens_;
+      const float* row = x + (inside ? token + t : 0) * words_;
+      for (int64_t k = first; k < last; ++k) out[k * width_ + t] = inside ? row[k] : 0.0f;
+    }
+  }
+
+  Format format_;
+  int64_t tokens_, words_, width_;
+  Scratch<float> panels_;
+};
+
+// dY as a left operand, both ways: G = dY^T X and dX = dY W_eff. Packed by blocks of rows of W: the
+// values of a token in a block are contiguous, and so are the tokens. Pairs of tokens are not pairs
+// of rows: these lie in a copy of their own.
+class OutputGradients {
+ public:
+  OutputGradients(const Matrix& dy, int64_t tokens, const Group& group,
+                  const std::vector<RowBlock>& blocks, const Format& format)
+      : format_(format), tokens_(tokens), by_token_(format.words(tokens) * group.rows) {
+    int64_t words = 0;
+    for (const RowBlock& block : blocks) {
+      const int64_t rows = block.end - block.begin;
+      places_.push_back({first_row(group, block), rows, words * tokens});
+      words += format.words(rows);
+    }
+    if (format.is_pairs()) by_row_ = Scratch<float>(words * tokens);
+    parallel(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) pack(dy, places_[static_cast<size_t>(p)]);
+    });
+  }
+
+  // gradient [rows, columns] = dY^T X of a block for a strip of X in panels.
+  void multiply_inputs(size_t block, const float* x_panels, int64_t columns,
+                       float* gradient) const {
+    const Place& at = places_[block];
+    const int64_t width = panel_columns(), words = format_.words(tokens_);
+    format_.multiply({at.rows, columns, words, tokens_of(at), 1, at.rows, x_panels, width * words,
+                      width, gradient, kBlockStride, false});
+  }
+
+  // dx [tokens, columns] = or += dY effective of a block. effective turns into words.
+  void multiply_effective(size_t block, float* effective, int64_t columns, float* dx) const {
+    const Place& at = places_[block];
+    const int64_t words = format_.words(at.rows);
+    format_.pack_right(effective, at.rows, columns);
+    format_.multiply({tokens_, columns, words, rows_of(at), words, 1, effective, panel_columns(),
+                      kBlockStride, dx, kBlockStride, at.row > 0});
+  }
+
+ private:
+  struct Place {
+    int64_t row, rows;   // row: in the group
+    int64_t first_word;  // in by_row_
+  };
+
+  float* tokens_of(const Place& at) const {
+    return by_token_.get() + at.row * format_.words(tokens_);
+  }
+  float* rows_of(const Place& at) const {
+    return format_.is_pairs() ? by_row_.get() + at.first_word : tokens_of(at);
+  }
+
+  void pack(const Matrix& dy, const Place& at) const {
+    const Matrix block = matrix_at(dy, 0, at.row);
+    for (int64_t w = 0; w < format_.words(tokens_); ++w) {
+      format_.pack_rows(block, w, tokens_, at.rows, tokens_of(at) + w * at.rows);
+    }
+    if (!format_.is_pairs()) return;
+    for (int64_t t = 0; t < tokens_; ++t) {
+      format_.pack_row(matrix_at(block, t, 0).data, dy.dtype, at.rows,
+                       rows_of(at) + t * format_.words(at.rows));
+    }
+  }
+
+  Format format_;
   int64_t tokens_;
-  Scratch<float> values_;
+  std::vector<Place> places_;
+  Scratch<float> by_token_, by_row_;
 };
 
 // A strip of X as a right operand: panels of its columns, zero beyond the last.
 class InputStrip {
  public:
-  explicit InputStrip(int64_t tokens) : tokens_(tokens), panels_(tokens * kTileColumns) {}
+  InputStrip(int64_t tokens, const Format& format)
+      : format_(format), tokens_(tokens), panels_(format.words(tokens) * kTileColumns) {}
 
   void pack(const Matrix& x, int64_t columns) {
-    const int64_t width = panel_columns();
+    const int64_t width = panel_columns(), words = format_.words(tokens_);
     float row[kTileColumns] = {};
-    for (int64_t t = 0; t < tokens_; ++t) {
-      active_kernels().convert(matrix_at(x, t, 0).data, x.dtype, row, DType::kFloat32, columns);
+    for (int64_t w = 0; w < words; ++w) {
+      format_.pack_rows(x, w, tokens_, columns, row);
       for (int64_t j = 0; j < columns; j += width) {
-        std::memcpy(panels_.get() + (j / width * tokens_ + t) * width, row + j,
+        std::memcpy(panels_.get() + (j / width * words + w) * width, row + j,
                     sizeof(float) * static_cast<size_t>(width));
       }
     }
@@ -129,6 +214,7 @@ class InputStrip {
   const float* get() const { return panels_.get(); }
 
  private:
+  Format format_;
   int64_t tokens_;
   Scratch<float> panels_;
 };

@@ -80,6 +80,7 @@ inline Matrix matrix_of(const Tensor& tensor, const char* name, int64_t rows, in
 template <class T>
 class Scratch {
  public:
+  Scratch() = default;
   explicit Scratch(int64_t count)
       : data_(static_cast<T*>(
             std::aligned_alloc(64, static_cast<size_t>(round_up(count * sizeof(T) + 1, 64))))) {

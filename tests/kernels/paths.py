@@ -9,7 +9,7 @@ import torch
 
 from stamina_kernels import backends
 
-ALL = ("portable", "avx2", "avx512")
+ALL = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def supported(name: str) -> bool:

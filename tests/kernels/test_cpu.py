@@ -73,6 +73,7 @@ def test_words_start_anywhere_and_ignore_the_high_half_of_step(isa):
         ([130], 160, (19,), 0.7, {"hard": False, "sparse_kind": "relu"}),
         ([17, 1], 300, (9,), 1.3, {"hard": True, "sparse_kind": "sigmoid"}),
         ([1], 1, (2,), 1.0, {"hard": True, "sparse_kind": "relu"}),
+        ([3, 20], 131, (701,), 1.0, {"hard": False, "sparse_kind": "sigmoid"}),
     ],
 )
 def test_forward_and_gradients(isa, dtype, rows, columns, batch, tau, mode):
@@ -314,16 +315,21 @@ def in_child(program: str, **environment: str) -> str:
     return child.stdout.strip()
 
 
-def test_environment_forces_an_instruction_set_and_scratch_memory_is_never_read_unwritten():
+@pytest.mark.parametrize("name", ["portable", "avx512_bf16"])
+def test_environment_forces_an_instruction_set_and_scratch_memory_is_never_read_unwritten(name):
+    if not supported(name):
+        pytest.skip(f"this machine lacks {name}, or the C++ library")
     program = (
-        "from oracle import make_problem; from test_reference import hold_against_oracle;"
-        "from stamina_kernels import cpu;"
-        "hold_against_oracle(make_problem([37], 45, (5,), bias=True), {'hard': False}, 'cpu');"
+        "import torch; from oracle import make_problem;"
+        "from test_reference import hold_against_oracle; from stamina_kernels import cpu;"
+        "problems = [make_problem([37], 45, (5,), bias=True, dtype=dtype)"
+        " for dtype in (torch.float32, torch.bfloat16)];"
+        "[hold_against_oracle(problem, {'hard': False}, 'cpu') for problem in problems];"
         "print(cpu.instruction_set())"
     )
-    # glibc fills fresh memory with 0x7f bytes: 3.4e38 as fp32 and fp16's NaN
-    poison = {"MALLOC_PERTURB_": str(0x80), "STAMINA_CPU_ISA": "portable"}
-    assert in_child(program, **poison) == "portable"
+    # glibc fills fresh memory with 0x7f bytes: 3.4e38 as fp32 and bf16, and fp16's NaN
+    poison = {"MALLOC_PERTURB_": str(0x80), "STAMINA_CPU_ISA": name}
+    assert in_child(program, **poison) == name
 
 
 def test_environment_that_names_no_instruction_set_raises_and_an_empty_one_is_as_none():
