@@ -83,10 +83,13 @@ def test_generate_writes_pictures_that_depend_on_the_seed_alone(trained, tmp_pat
             *more,
         )
 
-    for name, more in (("a", ()), ("b", ()), ("c", ("--seed", 7))):
+    # the last name is what rich would take for a style
+    names = ("a", "b", "c[red]")
+    for name, more in zip(names, ((), (), ("--seed", 7)), strict=True):
         outcome = generate(tmp_path / name, *more)
         assert outcome.exit_code == 0, outcome.output
-    first, again, other = (tree(tmp_path / name) for name in "abc")
+        assert outcome.stdout.rstrip().endswith(f"in {tmp_path / name}")
+    first, again, other = (tree(tmp_path / name) for name in names)
     assert sorted(map(str, first)) == ["00-000.png", "00-001.png", "01-000.png", "01-001.png"]
     assert first == again
     assert first != other

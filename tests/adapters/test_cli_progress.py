@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from stamina_adapters.cli.evaluate import ConceptFigures, Figures, figures_table
 from stamina_adapters.cli.progress import RunProgress
 from stamina_adapters.cli.train import summary_table
 from stamina_adapters.training.trainer import StepReport
@@ -54,6 +55,15 @@ def test_a_token_in_square_brackets_is_shown_as_it_is():
     last = SimpleNamespace(sampled=0.1, committed=0.1)
     step = SimpleNamespace(density=None)
     log = SimpleNamespace(token="[bold]", images=4, probes=[last], steps=[step], seconds=1.0)
-    console = Console(file=io.StringIO(), width=120)
-    console.print(summary_table([log]))
-    assert "[bold]" in console.file.getvalue()
+    row = ConceptFigures(token="[bold]", accuracy=None, cosine=1.0, mmd=0.0)
+    figures = Figures(
+        model="m", judged_by="clip[red]", pictures=3, accuracy=None, cosine=1.0, a_mmd=0.0,
+        kid=None, concepts=[row],
+    )  # fmt: skip
+    for table, names in (
+        (summary_table([log]), ["[bold]"]),
+        (figures_table(figures), ["[bold]", "clip[red]"]),
+    ):
+        console = Console(file=io.StringIO(), width=120)
+        console.print(table)
+        assert all(name in console.file.getvalue() for name in names)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import make_problem
 
-from stamina_kernels import backends, fold_, masked_linear
+from stamina_kernels import backends, checks, fold_, masked_linear
 
 FUNCTIONS = ("masked_linear", "sample_mask", "compose", "commit", "fold_", "embedding_mlp")
 AVAILABLE = [name for name in ("reference", "cpu") if backends()[name] is None]
@@ -69,6 +69,15 @@ def test_one_corruption_of_any_call(function, data, rows, columns, rank, mask_ra
     call(backend)
     corruption = data.draw(st.sampled_from(corruptions(call)))
     assert complaint(corruption, backend) is None, corruption.label
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bias", "initial"), [(False, False), (True, True)])
+def test_a_valid_call_passes_by_the_first_condition(dtype, bias, initial, monkeypatch):
+    """Every layer of a model calls this in every step: what names a defect is not asked."""
+    monkeypatch.delattr(checks, "_check_projection")
+    problem = make_problem([6, 4], 10, (3,), dtype=dtype, bias=bias, initial=initial)
+    masked_linear(problem.x, problem.group, **problem.scalars())
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)

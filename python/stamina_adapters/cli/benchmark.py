@@ -276,7 +276,9 @@ def benchmark(
     if failures:
         failed = counted(len(failures), "run")
         raise InputError(f"{failed} failed, the others are whole: {failures[0]}")
-    console.print(f"rows in {output}; make a page of them with stamina report", soft_wrap=True)
+    console.print(
+        f"rows in {output}; make a page of them with stamina report", soft_wrap=True, markup=False
+    )
 
 
 def tune(
@@ -319,7 +321,9 @@ def tune(
     results = read_rows(sorted(folder.glob("*.jsonl")), "--output")
     chosen = tuned(spec, [row for row in results if isinstance(row, TuningRow)])
     write_beside(output / "tuned.json", (chosen.model_dump_json(indent=1) + "\n").encode())
-    console.print(f"specification with what was picked: {output / 'tuned.json'}", soft_wrap=True)
+    console.print(
+        f"specification with what was picked: {output / 'tuned.json'}", soft_wrap=True, markup=False
+    )
 
 
 def _picked(name: str, rows: Sequence[TuningRow]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from stamina_adapters.cli.embedded import (
@@ -297,5 +298,5 @@ def _demo(
     console.print(_table(report))
     for expectation, met in report.expectations().items():
         console.print(f"[green]yes[/]  {expectation}" if met else f"[red]no[/]   {expectation}")
-    console.print(f"\nLook at [bold]{output / 'report.html'}[/]", soft_wrap=True)
+    console.print(f"\nLook at [bold]{escape(str(output / 'report.html'))}[/]", soft_wrap=True)
     return report

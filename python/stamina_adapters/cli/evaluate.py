@@ -122,7 +122,7 @@ def evaluate(
         for k, concept in enumerate(concepts)
     ]
     figures = _figures(rows, judge, embedded, model, clip, sampling)
-    console.print(_table(figures))
+    console.print(figures_table(figures))
     if output is not None:
         with full_disk_is_told(output, "--output"):
             write_beside(output, (figures.model_dump_json(indent=1) + "\n").encode())
@@ -154,16 +154,17 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _table(figures: Figures) -> Table:
+def figures_table(figures: Figures) -> Table:
     distance = "-" if figures.kid is None else f"{1e3 * figures.kid:.3f}"
+    judge = escape(figures.judged_by)  # square brackets, of a folder or a token, are no style
     table = Table(
-        title=f"{counted(figures.pictures, 'picture')} each, judged by {figures.judged_by}; "
+        title=f"{counted(figures.pictures, 'picture')} each, judged by {judge}; "
         f"KID x 1000: {distance}"
     )
     for title in ("concept", "told as itself", "cosine to real", "MMD to real"):
         table.add_column(title, justify="left" if title == "concept" else "right")
     for row in figures.concepts:
-        name = escape(row.token)  # square brackets are no style
+        name = escape(row.token)
         table.add_row(name, _share(row.accuracy), f"{row.cosine:.3f}", f"{row.mmd:.3f}")
     table.add_section()
     table.add_row("mean", _share(figures.accuracy), f"{figures.cosine:.3f}", f"{figures.a_mmd:.3f}")

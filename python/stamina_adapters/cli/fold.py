@@ -29,7 +29,7 @@ def fold(model: Path | None, concepts: Sequence[Path], output_dir: Path, console
         with full_disk_is_told(output_dir, "--output_dir"):
             output_dir.mkdir(parents=True, exist_ok=True)
             save_pipeline(pipe, output_dir)
-    console.print(f"stock pipeline  {output_dir}", soft_wrap=True)
+    console.print(f"stock pipeline  {output_dir}", soft_wrap=True, markup=False)
 
 
 def _read(file: Path) -> ConceptState:

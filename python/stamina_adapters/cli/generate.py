@@ -54,4 +54,6 @@ def generate(
         output_dir.mkdir(parents=True, exist_ok=True)
         for (p, k), image in zip(jobs, images, strict=True):
             write_png(output_dir / f"{p:02d}-{k:03d}.png", image)
-    console.print(f"{counted(len(images), 'picture')} in {output_dir}", soft_wrap=True)
+    console.print(
+        f"{counted(len(images), 'picture')} in {output_dir}", soft_wrap=True, markup=False
+    )

@@ -34,7 +34,7 @@ def pretrain(output_dir: Path, seed: int | None, console: Console) -> None:
             assets = train_embedded(output_dir, **_chosen(seed))
     except OtherSeedError as error:
         raise InputError(f"{where}: {error}; choose another folder") from error
-    console.print(f"model  {assets}", soft_wrap=True)
+    console.print(f"model  {assets}", soft_wrap=True, markup=False)
     console.print("measure it with stamina pretrain --check", soft_wrap=True)
 
 

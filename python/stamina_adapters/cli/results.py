@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from stamina_adapters.cli.workspace import counted, full_disk_is_told
 from stamina_adapters.continual.report.page import markdown, page
@@ -32,8 +33,10 @@ def report(
     made = page(results)
     if collect is not None:
         copies = collect_rows(folders, collect)
-        console.print(f"{counted(len(copies), 'row file')} in {collect}", soft_wrap=True)
+        console.print(
+            f"{counted(len(copies), 'row file')} in {collect}", soft_wrap=True, markup=False
+        )
     with full_disk_is_told(target, "--output"):
         write_beside(target / "report.html", made.encode())
         write_beside(target / "report.md", markdown(results).encode())
-    console.print(f"Look at [bold]{target / 'report.html'}[/]", soft_wrap=True)
+    console.print(f"Look at [bold]{escape(str(target / 'report.html'))}[/]", soft_wrap=True)

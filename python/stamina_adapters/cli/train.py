@@ -157,5 +157,5 @@ def train(
             logs = learn_all(trainer, concepts, datasets, output_dir, progress)
         save_pipeline(pipe, output_dir)
     console.print(summary_table(logs))
-    console.print(f"stock pipeline  {output_dir}", soft_wrap=True)
-    console.print(f"concept files   {output_dir / 'concepts'}", soft_wrap=True)
+    console.print(f"stock pipeline  {output_dir}", soft_wrap=True, markup=False)
+    console.print(f"concept files   {output_dir / 'concepts'}", soft_wrap=True, markup=False)
