@@ -164,7 +164,7 @@ def embedding_mlp_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dE of every MLP, and dW1, db1, dW2, db2 of every MLP: flat, one after another."""
     gradients: tuple[Tensor, Tensor] = _kernels().embedding_mlp_backward.default(
-        [d.contiguous() for d in dY], E, W1, b1, W2, b2, transposed
+        dY, E, W1, b1, W2, b2, transposed
     )
     return gradients
 

@@ -74,16 +74,23 @@ def _check_name(name: str, origin: str = "") -> None:
         raise ValueError(f"backend must be one of {', '.join(_MODULES)}, got {name!r}{origin}")
 
 
+def asked_for(backend: str | None) -> tuple[str | None, str]:
+    """The backend that somebody wants, or None, and words that tell where it was named."""
+    if backend is None:
+        backend = _override.value
+    if backend is None and (named := os.environ.get(VARIABLE)):
+        return named, f" (from the environment variable {VARIABLE})"
+    return backend, ""
+
+
 def resolve(backend: str | None, device_type: str) -> str:
     """Name of the backend for tensors on `device_type`; compiled code keeps its first answer.
 
     Raises ValueError for an unknown name and RuntimeError for one that cannot run here, naming
     what can.
     """
-    chosen, origin = backend or _override.value, ""
-    if not chosen and (chosen := os.environ.get(VARIABLE)):
-        origin = f" (from the environment variable {VARIABLE})"
-    name = chosen or _default(device_type)
+    chosen, origin = asked_for(backend)
+    name = _default(device_type) if chosen is None else chosen
     _check_name(name, origin)
     reason = _unavailable_reason(name)
     if reason is None and not _serves(name, device_type):

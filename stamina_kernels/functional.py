@@ -58,14 +58,11 @@ def _as_group(
 
 
 def _columns(group: Sequence[MaskedProjection], *fields: str) -> Iterator[list[Any]]:
-    """Field by field of all projections, tensors contiguous; [] for one that is not given."""
+    """Field by field of all projections; [] for one that is not given."""
     columns = dict(zip(MaskedProjection._fields, zip(*group, strict=True), strict=True))
     for field in fields:
         column = columns[field]
-        if field in _COORDINATES:
-            yield list(column)
-        else:
-            yield [] if column[0] is None else [tensor.contiguous() for tensor in column]
+        yield [] if column[0] is None else list(column)
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -95,9 +92,10 @@ def masked_linear(
     apart in row0 or col0. hard selects M = [L > 0] instead of the sample
     [u < sigmoid(L)].
     Differentiable in x, A, B, U, V, b through y and both scalars (straight-through in the mask).
-    One bit per weight is saved for the backward.
+    One bit per weight is saved for the backward. Strided tensors are copied in every call.
 
-    Raises ValueError or TypeError naming the argument; RuntimeError where the backend cannot run.
+    Raises ValueError or TypeError naming the argument; RuntimeError where the backend cannot run;
+    NotImplementedError for derivatives in forward mode and second ones.
     """
     group = _as_group(projections)
     if not isinstance(x, Tensor):
@@ -108,6 +106,9 @@ def masked_linear(
     # where the projections agree among themselves, x is what is wrong
     if x.shape[-1] != width and all(getattr(p.B, "shape", ())[-1:] == (width,) for p in group):
         fail("x", list(x.shape), f"of shape [..., {width}]")
+    home = group[0].weight.device
+    if x.device != home and all(p.weight.device == home for p in group):
+        fail("x", x.device, f"on device {home} as the weights")
     check_group(group, x.shape[-1], x.device)
     accumulate = group[0].A.dtype
     floats = (*FLOATS, torch.float64) if accumulate == torch.float64 else FLOATS
@@ -128,7 +129,7 @@ def masked_linear(
             as_x = f"{computed.dtype} as x{'' if computed is x else ' under autocast'}, or wider"
             fail(f"projections[{k}].weight", p.weight.dtype, as_x, TypeError)
     output = ops.masked_linear(
-        computed.contiguous(),
+        computed,
         list(_columns(group, "weight", "bias", *FACTORS, "weight_init")),
         scale, tau, seed, step, *_columns(group, *_COORDINATES),
         hard, sparse_kind, _resolve(backend, x, accumulate),
@@ -137,11 +138,12 @@ def masked_linear(
 
 
 def _resolve(backend: str | None, tensor: Tensor, accumulate: torch.dtype) -> str:
-    if accumulate == torch.float64:
-        if backend not in (None, "reference"):
-            fail("backend", repr(backend), "'reference' for fp64 factors")
-        return "reference"
-    return dispatch.resolve(backend, tensor.device.type)
+    if accumulate != torch.float64:
+        return dispatch.resolve(backend, tensor.device.type)
+    asked, origin = dispatch.asked_for(backend)
+    if asked not in (None, "reference"):
+        fail("backend", repr(asked) + origin, "'reference' for fp64 factors")
+    return "reference"
 
 
 def sample_mask(
@@ -197,7 +199,7 @@ def compose(
         fail("dtype", dtype, "torch.float32, torch.bfloat16 or torch.float16", TypeError)
     lists = [[t.detach() for t in column] for column in _columns(group, "weight", "A", "B")]
     effective: Tensor = torch.ops.stamina.compose(
-        *lists, bits.contiguous(), scale, dtype, _resolve(backend, first, accumulate)
+        *lists, bits, scale, dtype, _resolve(backend, first, accumulate)
     )
     return effective
 
@@ -220,8 +222,7 @@ def embedding_mlp(mlps: Sequence[EmbeddingMLP], *, backend: str | None = None) -
     Serves the factors of the mask logits: those of a whole group of projections in one launch, in
     the layout that `masked_linear` takes. E [n, d], W1 [h, d], b1 [h], W2 [m, h], b2 [m] are fp32;
     d and m are at most 256, h at most 32. Differentiable in all of them; nothing but them is saved
-    for the backward, which forms the hidden layer again; strided ones are copied first. Autocast
-    has no effect.
+    for the backward, which forms the hidden layer again. Autocast has no effect.
 
     Raises ValueError or TypeError naming the argument; RuntimeError where the backend cannot run.
     """
@@ -235,7 +236,7 @@ def embedding_mlp(mlps: Sequence[EmbeddingMLP], *, backend: str | None = None) -
     accumulate = torch.float64 if first.dtype == torch.float64 else torch.float32
     for k, mlp in enumerate(mlps):
         check_mlp(f"mlps[{k}]", mlp, (accumulate,), first.device)
-    lists = [[getattr(mlp, f).contiguous() for mlp in mlps] for f in ("E", "W1", "b1", "W2", "b2")]
+    lists = [[getattr(mlp, f) for mlp in mlps] for f in ("E", "W1", "b1", "W2", "b2")]
     flipped = [mlp.transposed for mlp in mlps]
     return ops.embedding_mlp(lists, flipped, _resolve(backend, first, accumulate))
 
@@ -267,7 +268,7 @@ def commit(
     check_number("scale", scale)
     for name, tensor in zip(FACTORS, (A, B, U, V, b), strict=True):
         check_finite(name, tensor)
-    U, V, b = (t.detach().contiguous() for t in (U, V, b))
+    U, V, b = (t.detach() for t in (U, V, b))
     zero = torch.zeros((), dtype=torch.int64, device=A.device)
     # the backend's own logits: its hard masks are those that the live model has been seen with
     bits = torch.ops.stamina.sample(
@@ -300,11 +301,11 @@ def fold_(
         with torch.no_grad():
             torch.ops.stamina.fold_(
                 list(weights),
-                [initial.contiguous() for initial in weights_init],
-                [adapter.A.contiguous() for adapter in flat],
-                [adapter.B.contiguous() for adapter in flat],
+                list(weights_init),
+                [adapter.A for adapter in flat],
+                [adapter.B for adapter in flat],
                 [adapter.scale * 2.0 ** sum(adapter.exponent) for adapter in flat],
-                [adapter.bits.contiguous() for adapter in flat],
+                [adapter.bits for adapter in flat],
                 first,
                 name,
             )

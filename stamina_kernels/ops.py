@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from stamina_kernels import dispatch
 from stamina_kernels.checks import PLAIN
@@ -57,11 +58,23 @@ def _first_tensor(arguments: Sequence[Any]) -> Tensor:
     return first if isinstance(first, Tensor) else first[0]
 
 
+def _contiguous(argument: Any) -> Any:
+    """Backends read memory row by row. Copies are made here, where autograd does not keep them."""
+    if type(argument) in PLAIN:
+        return argument.contiguous()
+    if type(argument) is list and argument and type(argument[0]) in PLAIN:
+        return [tensor.contiguous() for tensor in argument]
+    return argument
+
+
 def _make_implementation(name: str) -> Any:
+    written = 1 if name == "fold_" else 0  # arguments that are written, in place
+
     def implementation(*arguments: Any) -> Any:
         *rest, backend = arguments
         device = _first_tensor(rest).device
         _announce(name, backend, device)
+        rest[written:] = map(_contiguous, rest[written:])
         function = getattr(dispatch.load(backend), name)
         try:
             if not torch.is_autocast_enabled(device.type):
@@ -70,8 +83,8 @@ def _make_implementation(name: str) -> Any:
             with torch.autocast(device.type, enabled=False):
                 return function(*rest)
         finally:
-            if name == "fold_":  # kernels write through addresses, which autograd does not see
-                torch.autograd.graph.increment_version(rest[0])
+            for weights in rest[:written]:  # through addresses, which autograd does not see
+                torch.autograd.graph.increment_version(weights)
 
     return implementation
 
@@ -182,9 +195,8 @@ def _gradients(ctx: Any, backward: Any, dy: Tensor, g_forget: Tensor, g_sparse: 
     layer_id, row0, col0, hard, sparse_kind, backend = ctx.static
     needs_dx = ctx.needs_input_grad[0]
     dx, flat = backward(
-        dy.contiguous(), x, weight, A, B, U, V, b, initial, bits, scale, tau, seed, step,
-        g_forget.contiguous(), g_sparse.contiguous(), layer_id, row0, col0, hard, sparse_kind,
-        needs_dx, backend,
+        dy, x, weight, A, B, U, V, b, initial, bits, scale, tau, seed, step,
+        g_forget, g_sparse, layer_id, row0, col0, hard, sparse_kind, needs_dx, backend,
     )  # fmt: skip
     parts = flat.split([t.numel() for k in range(n) for t in (A[k], B[k], U[k], V[k], b[k])])
     factors = [
@@ -245,11 +257,21 @@ def _is_plain_eager(tensors: Sequence[Tensor]) -> bool:
     )
 
 
+def _refuse_tangents(name: str, arguments: Sequence[Any]) -> None:
+    """Forward-mode derivatives, which torch.library's autograd would leave out in silence."""
+    if forward_ad._current_level < 0:
+        return
+    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f"{name} has no forward-mode derivative")
+
+
 def masked_linear(x: Tensor, lists: Sequence[Sequence[Tensor]], *rest: Any) -> Any:
     """`torch.ops.stamina.masked_linear(x, *lists, *rest)`, by the shortest way to it."""
     if torch.compiler.is_compiling():
         return torch.ops.stamina.masked_linear(x, *lists, *rest)
     tensors = [t for members in lists for t in members]
+    _refuse_tangents("masked_linear", (x, *tensors, *rest))
     if _is_plain_eager([x, *tensors]):
         if not torch.is_grad_enabled():
             return _implementations["masked_linear"](x, *lists, *rest)
@@ -331,6 +353,7 @@ def embedding_mlp(
     """Every output of `torch.ops.stamina.embedding_mlp(*lists, transposed, backend)`."""
     if not torch.compiler.is_compiling():
         tensors = [t for members in lists for t in members]
+        _refuse_tangents("embedding_mlp", tensors)
         if _is_plain_eager(tensors):
             return _EagerMLP.apply(transposed, backend, *tensors)
     flat = torch.ops.stamina.embedding_mlp(*lists, transposed, backend)

@@ -59,9 +59,9 @@ def tile_list(
 
 @lru_cache(maxsize=256)
 def _tile_table(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    lengths = torch.tensor(counts)
-    owner = torch.repeat_interleave(torch.arange(len(counts)), lengths)
-    number = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
+    lengths = torch.tensor(counts, device="cpu")  # whatever the default device
+    owner = torch.arange(len(counts), device="cpu").repeat_interleave(lengths)
+    number = torch.arange(len(owner), device="cpu") - (lengths.cumsum(0) - lengths)[owner]
     return torch.stack([owner, number], 1).to(device, torch.int32)
 
 

@@ -129,7 +129,7 @@ def _matrix_shapes(tensor: Tensor, rows: bool, columns: bool) -> Iterator[tuple[
 
 
 def _tensor(call: Call, path: tuple, names: tuple[str, ...], *, optional: bool = False) -> Any:
-    """Not a tensor, a dtype that never fits, another device."""
+    """Not a tensor, a dtype that never fits, another layout or device."""
     tensor = call.get(path)
     for wrong in NOT_TENSORS:
         if wrong is not None or not optional:
@@ -137,6 +137,7 @@ def _tensor(call: Call, path: tuple, names: tuple[str, ...], *, optional: bool =
     for dtype in (torch.int8, torch.bool, torch.complex64):
         wrong = call.replaced(path, tensor.to(dtype))
         yield Corruption(f"{path} {dtype}", names, wrong)
+    yield Corruption(f"{path} sparse", names, call.replaced(path, tensor.detach().to_sparse()))
     # where two disagree on the device, either may be named
     meta = torch.empty_like(tensor, device="meta")
     beside = tuple(

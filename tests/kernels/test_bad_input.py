@@ -18,7 +18,8 @@ SIZES = {"rows": 6, "columns": 10, "rank": 4, "mask_rank": 3, "dtype": torch.flo
 
 
 def bits_of(call):
-    return [t.detach().flatten().clone().view(torch.uint8) for t in tensors_of(call.arguments)]
+    dense = [t.detach() for t in tensors_of(call.arguments) if t.layout == torch.strided]
+    return [t.flatten().clone().view(torch.uint8) for t in dense]
 
 
 def complaint(corruption, backend):

@@ -7,6 +7,7 @@ from emulated import emulated
 from oracle import make_problem, run
 
 from stamina_kernels import commit, fold_, masked_linear
+from stamina_kernels.triton import launch
 
 BACKENDS = ["reference", "cpu", "triton"]
 
@@ -44,6 +45,15 @@ def test_the_default_dtype_changes_no_bit(problem_of, default):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+def test_the_default_device_changes_nothing(problem_of):
+    backend, make = problem_of
+    expected, problem = _everything(make(), backend), make()
+    launch._tile_table.cache_clear()
+    with torch.device("meta"):
+        found = _everything(problem, backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

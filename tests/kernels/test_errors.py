@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -212,6 +213,35 @@ def test_use_backend_and_environment_choose(monkeypatch):
         call()
     with use_backend("reference"):
         assert torch.equal(call().y, exact)
+
+
+@pytest.mark.parametrize("asked", ["argument", "block", "environment"])
+def test_fp64_runs_on_no_other_backend(monkeypatch, asked):
+    problem = make_problem([3], 5, (2,), dtype=torch.float64, factor_dtype=torch.float64)
+    scalars = problem.scalars()
+    exact = masked_linear(problem.x, problem.group, **scalars).y
+    block, backend = nullcontext(), None
+    if asked == "argument":
+        backend = "cpu"
+    elif asked == "block":
+        block = use_backend("cpu")
+    else:
+        monkeypatch.setenv("STAMINA_BACKEND", "cpu")
+    with block, pytest.raises(ValueError, match="backend must be 'reference' for fp64 factors"):
+        masked_linear(problem.x, problem.group, **scalars, backend=backend)
+    with use_backend("reference"):
+        assert torch.equal(masked_linear(problem.x, problem.group, **scalars).y, exact)
+
+
+def test_an_empty_name_is_no_backend():
+    with pytest.raises(ValueError, match="backend must be one of .*, got ''"):
+        call(backend="")
+
+
+def test_x_on_another_device_than_all_projections_is_what_is_named():
+    problem = make_problem([3, 4], 5, (2,))
+    with pytest.raises(ValueError, match="^x must be on device cpu as the weights, got meta"):
+        masked_linear(problem.x.to("meta"), problem.group, **problem.scalars())
 
 
 @pytest.mark.parametrize("first_to_leave", [0, 1])

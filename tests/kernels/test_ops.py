@@ -2,13 +2,26 @@
 """Contracts of the operations on whatever backend is the default: registration, compile, memory."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from corruptions import make_mlp
 from oracle import make_problem, run
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from stamina_kernels import backends, commit, masked_linear, ops, sample_mask
+from stamina_kernels import (
+    backends,
+    commit,
+    cost,
+    embedding_mlp,
+    fold_,
+    masked_linear,
+    ops,
+    sample_mask,
+)
 
 AVAILABLE = [name for name in ("reference", "cpu") if backends()[name] is None]
 
@@ -110,9 +123,17 @@ def test_autocast_follows_the_users_dtype_and_backward_ignores_it(backend, dtype
     assert torch.equal(lowered.y, out.y) and torch.equal(lowered.bits, out.bits)
 
 
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("backend", AVAILABLE)
-def test_backward_keeps_one_bit_per_weight(backend):
-    problem = make_problem([320, 320], 768, (154,)).with_grad()
+def test_backward_keeps_one_bit_per_weight(backend, strided):
+    problem = make_problem([320, 320], 768, (154,))
+    if strided:
+        by_columns = [
+            p._replace(**{f: getattr(p, f).t().contiguous().t() for f in ("weight", "weight_init")})
+            for p in problem.group
+        ]
+        problem = replace(problem, group=by_columns, x=problem.x.t().contiguous().t())
+    problem = problem.with_grad()
     inputs = {
         t.untyped_storage().data_ptr() for t in problem.leaves() + list(problem.scalars().values())
     }
@@ -150,6 +171,32 @@ def test_second_derivatives_raise(backend):
         dx.square().sum().backward()
 
 
+def test_forward_mode_derivatives_raise():
+    """torch.library's autograd would leave them out: zero, and no word."""
+    p = make_problem([5], 8, (2,))
+
+    def y(x, scale=p.scale):
+        return masked_linear(x, p.group, **p.scalars() | {"scale": scale}).y
+
+    mlp = make_mlp(4, 3, 2, 2)
+    calls = [
+        lambda: torch.func.jvp(y, (p.x,), (p.x,)),
+        lambda: torch.func.jacfwd(y)(p.x),
+        lambda: torch.func.jvp(lambda E: embedding_mlp([mlp._replace(E=E)])[0], (mlp.E,), (mlp.E,)),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            call()
+    with torch.no_grad(), forward_ad.dual_level():
+        y(p.x)
+        for duals in (
+            (forward_ad.make_dual(p.x, p.x),),
+            (p.x, forward_ad.make_dual(*[p.scale] * 2)),
+        ):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                y(*duals)
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_threads_do_not_disturb_each_other(backend):
     problems = [make_problem([24], 40, (6,), seed=s) for s in range(4)]
@@ -177,6 +224,32 @@ def test_strided_input_gives_the_bits_of_its_contiguous_copy(backend):
     a = masked_linear(wide.t(), strided, **problem.scalars(), backend=backend)
     b = masked_linear(wide.t().contiguous(), p, **problem.scalars(), backend=backend)
     assert torch.equal(a.y, b.y) and torch.equal(a.bits, b.bits)
+
+
+@pytest.mark.parametrize("backend", [*AVAILABLE, "triton"])
+@pytest.mark.parametrize("strategy", ["compose", "generate"])
+def test_the_operation_itself_takes_strided_tensors(backend, strategy):
+    problem = make_problem([6], 14, (5,))
+    out = masked_linear(problem.x, problem.group, **problem.scalars(), backend=backend)
+    factors, scalars, where, backend = op_arguments(problem, backend)
+    weight, initial = ([getattr(p, f) for p in problem.group] for f in ("weight", "weight_init"))
+    lists = [[t.t().contiguous().t() if t.dim() else t for t in f] for f in (*factors, initial)]
+    with cost.forced(strategy):
+        y, *_, bits = torch.ops.stamina.masked_linear(
+            problem.x.t().contiguous().t(), weight, [], *lists, *scalars, *where, False, "sigmoid",
+            backend,
+        )  # fmt: skip
+    torch.testing.assert_close(y, out.y, rtol=0, atol=1e-5)
+    assert torch.equal(bits, out.bits)
+
+
+def test_fold_of_tensors_without_memory():
+    p = make_problem([5], 8, (2,)).group[0]
+    adapter = commit(p.A, p.B, p.U, p.V, p.b, scale=1.0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        weight = mode.from_tensor(p.weight)
+        fold_([weight], [mode.from_tensor(p.weight_init)], [[adapter]])
+    assert weight.shape == p.weight.shape
 
 
 def test_step_counts_modulo_two_to_the_32():
