@@ -54,6 +54,8 @@ def unavailable_reason() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < _LEAST_CAPABILITY:
         return f"the GPU has compute capability {capability}, it needs {_LEAST_CAPABILITY}"
+    if _library().stamina_usable() != 0:
+        return f"{_LIBRARY.name} cannot be used: {_library().stamina_error().decode()}"
     return None
 
 
@@ -344,11 +346,6 @@ def fold_(
     """Fold in place, all layers in one launch; see `reference.fold_`."""
     device = weight[0].device
     chosen = [k for k, w in enumerate(weight) if first[k] < first[k + 1]]
-    for k, w in enumerate(weight):
-        if k not in chosen:
-            w.copy_(weight_init[k])
-    if not chosen:
-        return
     taken = [t for k in chosen for t in range(first[k], first[k + 1])]
     layers = [
         (
@@ -371,7 +368,10 @@ def fold_(
         )
     )
     overflow = torch.zeros(len(layers), dtype=torch.int32, device=device)
-    _launch_fold(layers, adapters, overflow)
+    if chosen:
+        _launch_fold(layers, adapters, overflow)
+    for k in set(range(len(weight))).difference(chosen):  # last: the launch may be refused
+        weight[k].copy_(weight_init[k])
     overflowed = overflow.nonzero().flatten().tolist()
     if not overflowed:
         return

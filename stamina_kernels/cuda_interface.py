@@ -7,7 +7,7 @@ from typing import Any
 
 from stamina_kernels.libraries import check_interface
 
-_INTERFACE_VERSION = 1  # of interface.h
+_INTERFACE_VERSION = 2  # of interface.h
 _INVALID_ARGUMENT = 1
 
 
@@ -61,6 +61,7 @@ def load(path: Path) -> Any:
         ),
         "fold_scratch_bytes": (integer, pointer, integer),
         "fold": (pointer, integer, pointer, integer, pointer, pointer, integer, pointer),
+        "usable": (),
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(library, f"stamina_{name}")

@@ -215,6 +215,7 @@ class StripOfGradients {
         store_V_sums(V_sums, j, at.thread);
         contract(left_sums[0], B_sums_[j], g, shared_.A, shared_.B, place);
       }
+      warp_barrier();  // the sums take the place of the weights, which other lanes have read
 #pragma unroll
       for (int p = 0; p < 8; ++p) {
         const float* sum = left_sums[p / 4][p / 2 % 2] + 2 * (p % 2);

@@ -15,7 +15,7 @@
 extern "C" {
 
 // Raised with every change of what is declared here; cuda_interface.py asks for the same.
-enum { STAMINA_INTERFACE_VERSION = 1 };
+enum { STAMINA_INTERFACE_VERSION = 2 };
 
 enum { STAMINA_OK = 0, STAMINA_INVALID_ARGUMENT = 1, STAMINA_CUDA_ERROR = 2 };
 
@@ -89,10 +89,15 @@ STAMINA_EXPORT int64_t stamina_fold_scratch_bytes(int64_t layers, const stamina_
                                                   int64_t adapter_count);
 
 // layers, adapters: on the host. overflow: int32 [layer_count], zero before; 1 where a result is
-// not finite. Not for graph capture: the tables are copied from the host.
+// not finite. Returns when it is done: the tables are copied from the host, which rules out graph
+// capture too.
 STAMINA_EXPORT int stamina_fold(const stamina_layer* layers, int64_t layer_count,
                                 const stamina_adapter* adapters, int64_t adapter_count,
                                 void* overflow, void* scratch, int64_t scratch_bytes, void* stream);
+
+// Whether the current device and its driver run these kernels: a driver may be older than what the
+// library was built with, whatever torch was built with.
+STAMINA_EXPORT int stamina_usable(void);
 
 // What the last call of this thread that failed found wrong.
 STAMINA_EXPORT const char* stamina_error(void);

@@ -263,8 +263,11 @@ int stamina_fold(const stamina_layer* layers, int64_t layer_count, const stamina
                static_cast<const FoldLayer*>(device_layers) + first,
                static_cast<const FoldStep*>(device_steps), static_cast<int32_t*>(overflow) + first);
   }
-  return status_of(error);
+  const char* late_error = wait_for(stream);  // the tables, which may still be read, end here
+  return status_of(error == nullptr ? late_error : error);
 }
+
+int stamina_usable(void) { return status_of(why_not_launched(fold_kernel)); }
 
 const char* stamina_error(void) { return last_error; }
 

@@ -95,7 +95,7 @@ __device__ uint32_t draw_row(const float (&logits)[kLaneColumns], float bias,
     // u < sigmoid(L) without a division: u + u e^-L < 1; false where L is NaN
     const bool drawn = kHard ? logit > 0.0f : fmaf(u[j], e, u[j]) < 1.0f;
     bits |= drawn ? 1u << j : 0;
-    penalty[j] = kRelu ? fmaxf(logit, 0.0f) : reciprocal_approx(1.0f + e);
+    penalty[j] = kRelu ? max_or_nan(logit, 0.0f) : reciprocal_approx(1.0f + e);
   }
   if constexpr (kSums) {
     if (valid == kLaneColumns) {

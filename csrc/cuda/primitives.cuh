@@ -154,6 +154,9 @@ __device__ inline void load_matrices_transposed(uint32_t (&a)[4], const uint16_t
                : "memory");
 }
 
+// What lanes wrote to shared memory before is seen, and what they read is read.
+__device__ inline void warp_barrier() { __syncwarp(); }
+
 // Every warp of the block arrives, wherever it is in the code.
 __device__ inline void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
 
@@ -228,6 +231,19 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, void* stream,
                              static_cast<size_t>(grid.dynamic_bytes),
                              static_cast<cudaStream_t>(stream));
   }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Null, or why the current device cannot run a kernel.
+template <typename... Parameters>
+const char* why_not_launched(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline const char* wait_for(void* stream) {
+  const cudaError_t error = cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -89,8 +89,9 @@ def soft_slope_tile(
     else:
         b_u = tile.uniform_tile(p_seed, p_step, p_member, row, col, o_row, b_logit.shape[1], QUADS)
         if inverse == 1.0:
-            # beyond e^41 the slope is zero in fp32, and the square below would overflow
-            b_odds = b_u * tl.exp(tl.minimum(-b_logit, 41.0))
+            # beyond e^41 the slope is below 2^-34, and the square below would overflow
+            b_power = tl.minimum(-b_logit, 41.0, propagate_nan=tl.PropagateNan.ALL)
+            b_odds = b_u * tl.exp(b_power)
             b_below = 1.0 - b_u
             b_whole = b_below + b_odds
             b_slope = b_below * b_odds / (b_whole * b_whole)

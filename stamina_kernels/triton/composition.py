@@ -84,7 +84,10 @@ def sample_compose_kernel(
         member = tl.load(p_member + tile.MEMBER)
         o_sum = member * most_tiles + this_tile
         o_count = member * 2 * most_tiles + this_tile
-        b_positive = tl.maximum(b_logit, 0.0) if RELU else tl.sigmoid(b_logit)
+        if RELU:
+            b_positive = tl.maximum(b_logit, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            b_positive = tl.sigmoid(b_logit)
         tl.store(p_sparse + o_sum, tl.sum(tl.where(m_tile, b_positive, 0.0)))
         tl.store(p_counts + o_count, tl.sum(b_mask.to(tl.int32)))
 

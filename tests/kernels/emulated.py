@@ -29,8 +29,8 @@ CHECKED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
 
 @cache
 def library(major: int = 9, enough_tasks: int = 512, reverse: int = 0) -> Any:
-    """As a GPU of this compute capability runs it; groups of fewer tasks are cut into more; warps
-    and blocks in ascending order, or the reverse."""
+    """As a GPU of this compute capability runs it; groups of fewer tasks are cut into more; lanes,
+    warps and blocks in ascending order, or the reverse."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")

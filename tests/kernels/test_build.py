@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stamina_kernels import cpu, cuda, cuda_interface
 
@@ -111,7 +112,7 @@ def symbols(library: Path, which: str) -> set[str]:
 def test_the_cuda_library_exports_its_c_interface_alone():
     header = (ROOT / "csrc/cuda/interface.h").read_text()
     declared = set(re.findall(r"STAMINA_EXPORT [^;(]*?(stamina_\w+)\(", header))
-    assert len(declared) == 10
+    assert len(declared) == 11
     assert symbols(cuda._LIBRARY, "--defined-only") == declared
 
 
@@ -128,6 +129,16 @@ def test_without_a_gpu_the_cuda_backend_says_so(monkeypatch):
         pytest.skip("_cuda.so was not built")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cuda.unavailable_reason.__wrapped__() == "no NVIDIA GPU is visible"
+
+
+def test_a_driver_older_than_the_library_is_told_beforehand(monkeypatch):
+    """As where torch was built with an older CUDA, which the driver does serve."""
+    if not cuda._LIBRARY.exists() or torch.cuda.is_available():
+        pytest.skip("needs _cuda.so and no GPU")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    reason = cuda.unavailable_reason.__wrapped__()
+    assert "CUDA driver version is insufficient for CUDA runtime version" in reason
 
 
 def test_only_stable_symbols_are_imported():

@@ -12,7 +12,7 @@ import torch
 from corruptions import make_mlp
 from oracle import FACTORS, assert_as_accurate, make_problem, oracle, product_eps, run, shifted
 from test_mask_agreement import assert_only_the_threshold_differs
-from test_triton import mixed_group, on_device
+from test_triton import hold_missing_logits, mixed_group, on_device
 
 from stamina_kernels import (
     EmbeddingMLP,
@@ -113,6 +113,10 @@ def test_extreme_and_missing_logits(cuda_device):
         p = problem.group[0]._replace(U=torch.zeros(4, 1), b=torch.tensor(logit))
         bits = draw(on_device(replace(problem, group=[p]), cuda_device), "cuda", False)
         assert int(unpack_bits(bits, 64).sum()) == density
+
+
+def test_missing_logits_are_seen(cuda_device):
+    hold_missing_logits(make_problem([5], 14, (3,)), "cuda", cuda_device)
 
 
 def hold_effective(got, p, mask):

@@ -13,7 +13,7 @@ import torch
 from emulated import cuda_on, emulated
 from oracle import assert_as_accurate, make_problem, oracle, run, shifted
 from test_cuda import HARD, SAMPLED
-from test_triton import cancelled, on_device
+from test_triton import cancelled, hold_missing_logits, on_device
 
 from stamina_kernels import cuda
 
@@ -51,6 +51,11 @@ def hold_gradients(problem, device, mode=SAMPLED):
             )
         else:
             assert_as_accurate(name, got, base, truth, PRODUCT_EPS)
+
+
+def test_missing_logits_are_seen(own_kernel):
+    problem = make_problem([24], 40, (3,), dtype=torch.bfloat16, **RANKS)
+    hold_missing_logits(problem, "cuda", own_kernel)
 
 
 @pytest.mark.parametrize("initial", [True, False])

@@ -7,7 +7,7 @@ from oracle import make_problem, shifted
 from test_reference import committed, dense_delta
 from torch.nn.functional import pad
 
-from stamina_kernels import fold_
+from stamina_kernels import cuda, fold_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -132,6 +132,20 @@ def test_fold_notices_one_element_that_is_not_finite(cuda_device, dtype, value):
         message = r"weights_init\[0\] must be finite, got 1 non-finite values"
         with pytest.raises(ValueError, match=message):
             fold_([weight], [start], [[adapter]], backend="cuda")
+
+
+def test_a_fold_that_cannot_be_launched_writes_nothing(cuda_device, monkeypatch):
+    """Not even layers without adapters, which need no launch."""
+    (adapter,) = on(cuda_device, committed(20, 50, 3, 1))
+
+    def refuse(*arguments):
+        raise RuntimeError("cuda: launch failed")
+
+    monkeypatch.setattr(cuda, "_launch_fold", refuse)
+    weights = [torch.ones(20, 50, device=cuda_device) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="launch failed"):
+        fold_(weights, [torch.zeros_like(w) for w in weights], [[adapter], []], backend="cuda")
+    assert all(bool((weight == 1).all()) for weight in weights)
 
 
 def test_fold_of_mixed_dtypes_and_fold_that_overflows(cuda_device):

@@ -44,6 +44,21 @@ def cancelled(problem, bits, mode):
     return [float(dL.abs().sum()) for dL in gradients[5::5]]
 
 
+def hold_missing_logits(problem, backend, device):
+    """A row of logits that are NaN: the sums and gradients of the definition that are NaN are."""
+    p = problem.group[0]
+    U = p.U.clone()
+    U[1] = float("nan")
+    problem = replace(problem, group=[p._replace(U=U)])
+    for mode in (SAMPLED, HARD, HARD | {"hard": False}):
+        *sums, gradients, _ = run(on_device(problem, device), backend, **mode)
+        *expected_sums, expected, _ = run(problem, "reference", **mode)
+        assert expected_sums[2].isnan().all() and expected[-1].isnan()
+        results = zip((*sums, *gradients), (*expected_sums, *expected), strict=True)
+        for got, wanted in results:
+            assert torch.equal(got.cpu().isnan(), wanted.isnan())
+
+
 def hold_against_oracle(problem, mode):
     y, forget, sparse, gradients, bits = run(on_device(problem), "triton", **mode)
     bits = bits.cpu()
@@ -107,6 +122,10 @@ def draw(seed, step, layer_id, row0, col0):
         *scalars, member.to(DEVICE), out, QUADS=col0 % 4 == 0, enable_fp_fusion=True
     )
     return out.cpu()
+
+
+def test_missing_logits_are_seen():
+    hold_missing_logits(make_problem([5], 14, (3,)), "triton", DEVICE)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 // The host twin of csrc/cuda/primitives.cuh: kernels run unchanged on a CPU, for tests only.
 //
 // Blocks run one after the other; the threads of a block are fibers that give way at barriers and
-// where a warp acts as one. A warp runs alone until it waits for the block, in ascending or, built
-// with REVERSED, descending order, as blocks do. Asynchronous copies are made as late as allowed,
-// when they are waited for, and what they will write holds NaN from the moment they are asked for,
-// as shared memory does before every block: a missing wait or barrier shows.
+// where a warp acts as one. A warp runs alone until it waits for the block. Lanes, warps and blocks
+// run in ascending or, built with REVERSED, descending order. Asynchronous copies are made as late
+// as allowed, when they are waited for, and what they will write holds NaN from the moment they are
+// asked for, as shared memory does before every block: a missing wait or barrier shows.
 #pragma once
 
 #include <setjmp.h>
@@ -142,7 +142,8 @@ inline void run_block(int threads) {
     const int first = kWarp * (REVERSED ? warps - 1 - turn : turn);
     for (bool runs = true; runs;) {
       runs = false;
-      for (current = first; current < first + kWarp; ++current) {
+      for (int lane = 0; lane < kWarp; ++lane) {
+        current = first + (REVERSED ? kWarp - 1 - lane : lane);
         Fiber& fiber = *fibers[current];
         if (!can_run(fiber)) continue;
         runs = true;
@@ -312,6 +313,7 @@ inline void load_matrices_transposed(uint32_t (&a)[4], const uint16_t* shared) {
   for (uint32_t& matrix : a) matrix = transpose_matrix(matrix);
 }
 
+inline void warp_barrier() { host::meet_warp(); }
 inline void block_barrier() { host::meet_block(static_cast<int>(blockDim.x)); }
 
 template <typename T>
@@ -384,6 +386,12 @@ const char* launch(void (*kernel)(Parameters...), Grid grid, void*, const Argume
   host::run_argument = nullptr;
   return nullptr;
 }
+
+template <typename... Parameters>
+const char* why_not_launched(void (*)(Parameters...)) {
+  return nullptr;
+}
+inline const char* wait_for(void*) { return nullptr; }
 
 inline const char* copy_bytes_to_device(void* device, const void* from, int64_t bytes, void*) {
   std::memcpy(device, from, static_cast<size_t>(bytes));
