@@ -8,12 +8,13 @@ A launch takes launch_us plus the largest of
 
     bytes / bandwidth        instructions / issue rate        flops / matrix rate
 
-With O x I weights, N tokens, T = ceil(N / 128) tiles of tokens and p = ceil(r / 16) 16:
+With O x I weights, N tokens, p = ceil(r / 16) 16 and T = ceil(N / n) tiles of n = 128 tokens whose
+P takes k = 3 products of bf16 halves (fp32: n = 32, k = 1):
 
     draw      bytes  bits (+ W and W_init for the forgetting term)       + O I w_instructions
     compose   bytes  W (+ W_init) + W_eff + bits                          + O I c_instructions
     GEMM      bytes  W_eff + X + Y                       flops  2 N O I
-    generate  bytes  W + bits + X + Y                    flops  T (2 128 + 3 2 p) O I
+    generate  bytes  W + bits + X + Y                    flops  T (2 n + 2 k p) O I
                                                          instructions  T O I g_instructions
 
 W_eff costs no bandwidth where it stays in half of the L2 cache. The generating GEMM has as many
@@ -37,7 +38,6 @@ STRATEGIES = ("compose", "generate")
 VARIABLE = "STAMINA_STRATEGY"
 _forced = Override()
 _DEVICES = Path(__file__).with_name("devices.json")
-_TOKEN_TILE, _ROW_TILE = 128, 64  # of the generating GEMM
 _MAX_PIPELINED_RANK = 32
 
 # Instructions a thread issues per weight at rank 16. Drawing, composing and W_init: counted in the
@@ -47,6 +47,17 @@ _MASK_RANK = 16
 _LOGITS_PER_RANK = 1.3
 _DRAW, _DRAW_HARD = 72.0, 40.0
 _COMPOSE, _INITIAL, _GENERATE = 45.0, 64.0, 84.0
+
+
+class _Tile(NamedTuple):
+    """A tile of the generating GEMM, and how often it multiplies for P."""
+
+    tokens: int
+    rows: int
+    products: int
+
+
+_HALF_TILE, _FP32_TILE = _Tile(128, 64, 3), _Tile(32, 32, 1)
 
 
 class Device(NamedTuple):
@@ -166,9 +177,10 @@ def estimate(device: Device, problem: Problem) -> dict[str, list[Launch]]:
     effective = weights * p.x_bytes
     in_cache = effective <= device.l2_bytes / 2
     activations = p.tokens * (p.in_features + p.out_features) * p.x_bytes
-    token_tiles = -(-p.tokens // _TOKEN_TILE)
+    tile = _FP32_TILE if p.x_bytes > 2 else _HALF_TILE
+    token_tiles = -(-p.tokens // tile.tokens)
     padded_rank = -(-p.rank // 16) * 16
-    tiles = -(-p.out_features // _ROW_TILE) * token_tiles
+    tiles = -(-p.out_features // tile.rows) * token_tiles
     rounds = -(-tiles // device.multiprocessors)
     return {
         "compose": [
@@ -193,7 +205,7 @@ def estimate(device: Device, problem: Problem) -> dict[str, list[Launch]]:
                 device, "GEMM, makes W_eff",
                 weights * p.weight_bytes + bits + activations,
                 token_tiles * weights * _GENERATE,
-                token_tiles * weights * (2.0 * _TOKEN_TILE + 3 * 2.0 * padded_rank),
+                token_tiles * weights * 2.0 * (tile.tokens + tile.products * padded_rank),
                 p.x_bytes,
                 idle=max(1.0, rounds * device.multiprocessors / max(tiles, 1)),
             ),

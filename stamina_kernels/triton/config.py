@@ -118,6 +118,13 @@ def kernel_name(kernel: str, dtype: torch.dtype) -> str:
     return f"{kernel}_{'fp32' if dtype == torch.float32 else 'half'}"
 
 
+def backward_name(dtype: torch.dtype, rank: int) -> str:
+    """Of the backward. Beside a rank step of 32 the tile of 16-bit tokens leaves too few registers:
+    it is narrower there."""
+    name = kernel_name("backward", dtype)
+    return f"{name}_r32" if dtype != torch.float32 and rank > _MIN_RANK_STEP else name
+
+
 def launch_options(options: dict[str, int]) -> dict[str, Any]:
     """What a kernel is launched with, out of its entry of a table.
 

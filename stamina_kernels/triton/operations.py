@@ -253,8 +253,8 @@ def masked_linear_backward(
     refuse_interpreted_bfloat16([x, *weight])
     coordinates = list(zip(layer_id, row0, col0, strict=True))
     group = gather(A, B, U, V, b, weight, weight_init, coordinates)
-    entry = options(config.kernel_name("backward", x.dtype), x.device)
     largest = max(*group.ranks, *group.mask_ranks)
+    entry = options(config.backward_name(x.dtype, largest), x.device)
     passes = ceil_div(largest, rank_step(largest))
     parts = part_maker(group.rows, entry["BO"])
     left_parts = torch.empty(

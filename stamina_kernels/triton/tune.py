@@ -63,6 +63,7 @@ CANDIDATES = {
         for kernel, tokens in (("generate", (64, 128)), ("backward", (32, 64)))
         for dtype in (torch.float32, torch.bfloat16)
     },
+    "backward_half_r32": [c | {"BN": 32} for c in _PRODUCT],
 }
 
 
@@ -120,6 +121,8 @@ def _runs(kernel: str, device: torch.device, shapes: dict[str, int]) -> Run:
     dtype = torch.float32 if kernel.endswith("fp32") else torch.bfloat16
     if device.type == "cpu":  # the interpreter, in tests
         dtype = torch.float32
+    if kernel.endswith("_r32"):
+        shapes = shapes | {"rank": 32}
     if kernel == "mlp":
         return _mlps(device, shapes)
     case = _case(device, dtype, shapes)

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,6 @@ BUDGET = Budget(
     "aot_budget.csv",
     {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10, "gfx942": 64 << 10},
 )
-RANK = 16
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma\w*)")
 SPILL = re.compile(r"\b(STL|LDL|scratch_(?:load|store)\w*)")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,31 +62,40 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     table = config.default_table()
-    step = config.rank_step(RANK)
-    mask = {"HARD": False, "QUADS": True, "BM": step}
-    statistics = {"RELU": False, "HAS_INITIAL": True}
-    yield Case("sample", sample_kernel, torch.float32, mask, table["sample"])
     sizes = {"BH": config.rank_step(MAX_HIDDEN), "BR": RANK_STEP}
     yield Case("mlp", mlp_kernel, torch.float32, sizes, table["mlp"])
     yield Case("mlp_backward", mlp_backward_kernel, torch.float32, sizes, table["mlp"])
-    for dtype in DTYPES:
+    yield from _of_rank(16, "", DTYPES)
+    # what asks for more registers: wider steps, and several of them
+    yield from _of_rank(32, "_r32", (torch.bfloat16,))
+    yield from _of_rank(64, "_r64", (torch.bfloat16,))
+
+
+def _of_rank(rank: int, suffix: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    table = config.default_table()
+    step, passes = config.rank_step(rank), config.ceil_div(rank, config.MAX_RANK_STEP)
+    mask = {"HARD": False, "QUADS": passes == 1, "BM": step}
+    statistics = {"RELU": passes > 1, "HAS_INITIAL": True}
+    for dtype in dtypes:
         weight = {"DTYPE": ELEMENT[dtype], "ALIGNMENT": 16, "BR": step}
         product = weight | {"PRECISION": config.dot_precision(dtype)}
         drawn = product | mask | statistics
         bits = {"p_effective": None}
-        backward = {k: v for k, v in drawn.items() if k != "BM"} | {"PASSES": 1}
+        backward = {k: v for k, v in drawn.items() if k != "BM"} | {"PASSES": passes}
         generate = product | {"ONE_STEP": True, "p_bias": None}
-        generate_options, backward_options = (
-            table[config.kernel_name(name, dtype)] for name in ("generate", "backward")
-        )
-        yield Case("compose", compose_kernel, dtype, product, table["compose"])
-        yield Case("sample_compose", sample_compose_kernel, dtype, drawn, table["sample_compose"])
-        yield Case(
-            "sample_statistics", sample_compose_kernel, dtype, drawn | bits, table["statistics"]
-        )
-        yield Case("generate", generate_kernel, dtype, generate, generate_options)
-        yield Case("backward", backward_kernel, dtype, backward, backward_options)
-        yield Case("fold", fold_kernel, dtype, weight, table["fold"])
+        kernels = {
+            "compose": (compose_kernel, product, "compose"),
+            "sample_compose": (sample_compose_kernel, drawn, "sample_compose"),
+            "sample_statistics": (sample_compose_kernel, drawn | bits, "statistics"),
+            "generate": (generate_kernel, generate, config.kernel_name("generate", dtype)),
+            "backward": (backward_kernel, backward, config.backward_name(dtype, rank)),
+            "fold": (fold_kernel, weight, "fold"),
+        }
+        if passes > 1:  # where generate is not chosen
+            del kernels["generate"]
+        for name, (kernel, constants, entry) in kernels.items():
+            yield Case(name + suffix, kernel, dtype, constants, table[entry])
+    yield Case(f"sample{suffix}", sample_kernel, torch.float32, mask, table["sample"])
 
 
 _POINTERS = {

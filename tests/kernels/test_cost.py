@@ -69,6 +69,13 @@ def test_fp32_runs_on_the_ordinary_units():
     assert gemm.instructions == 154 * 1280 * 768
 
 
+def test_the_generating_gemm_of_fp32_has_tiles_of_its_own():
+    """Every 32 tokens compose W_eff anew, by one product of fp32 factors."""
+    wide = problem(128, weight_bytes=4, x_bytes=4)
+    gemm = cost.estimate(cost.find_device(H100), wide)["generate"][1]
+    assert gemm.instructions == 4 * 1280 * 768 * (cost._GENERATE + 32 + 16)
+
+
 @pytest.mark.parametrize("name", ["AMD Instinct MI300X", "cpu", ""])
 def test_an_unknown_gpu_gets_an_answer(name):
     choice = cost.choose(name, problem(154))
