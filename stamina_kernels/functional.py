@@ -92,7 +92,9 @@ def masked_linear(
     apart in row0 or col0. hard selects M = [L > 0] instead of the sample
     [u < sigmoid(L)].
     Differentiable in x, A, B, U, V, b through y and both scalars (straight-through in the mask).
-    One bit per weight is saved for the backward. Strided tensors are copied in every call.
+    One bit per weight is saved for the backward. Strided tensors are copied in every call. To
+    torch.compile every layer_id is a constant: a model compiled as a whole is one graph, compiled
+    block by block a graph for each, of which torch keeps eight.
 
     Raises ValueError or TypeError naming the argument; RuntimeError where the backend cannot run;
     NotImplementedError for derivatives in forward mode and second ones.
