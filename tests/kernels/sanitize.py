@@ -124,11 +124,16 @@ def run(name: str) -> bool:
     return passed
 
 
-def main() -> int:
+def chosen(arguments: list[str] | None = None) -> list[str]:
+    """The name on the command line, or all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sanitizer", choices=SANITIZERS, nargs="*", help="default: all")
-    names = parser.parse_args().sanitizer or list(SANITIZERS)
-    passed = [run(name) for name in names]
+    parser.add_argument("sanitizer", choices=SANITIZERS, nargs="?", help="default: both")
+    name: str | None = parser.parse_args(arguments).sanitizer
+    return list(SANITIZERS) if name is None else [name]
+
+
+def main() -> int:
+    passed = [run(name) for name in chosen()]
     return 0 if all(passed) else 1
 
 

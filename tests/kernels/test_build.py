@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sanitize
 import torch
 
 from stamina_kernels import cpu, cuda, cuda_interface
@@ -147,3 +148,8 @@ def test_only_stable_symbols_are_imported():
     torch_symbols = {name for name in imported if re.search(r"torch|c10|at[0-9]|^_?Py", name)}
     assert "torch_parallel_for" in torch_symbols
     assert all(re.match(r"(aoti_)?torch_\w+$", name) for name in torch_symbols), torch_symbols
+
+
+def test_the_sanitizers_run_where_none_is_named():
+    assert sanitize.chosen([]) == ["address", "thread"]
+    assert sanitize.chosen(["thread"]) == ["thread"]
