@@ -302,6 +302,57 @@ def test_rows_that_cannot_be_read_are_told(tmp_path, write_it, words):
     assert not (tmp_path / "report.html").exists()
 
 
+def _with(rows, **changes):
+    """The rows with values of the row of kind run replaced."""
+    return [rows[0].model_copy(update=changes), *rows[1:]]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("m", {"training": {"seed": 1, "max_train_steps": 600}}, "training.max_train_steps"),
+        ("m", {"settings": {"adapter": {"r": 64}}}, "settings.adapter.r"),
+        ("m", {"concepts": 5}, "concepts"),
+        ("other", {"identities": 8}, "identities"),
+        ("other", {"pictures": 2}, "pictures"),
+    ],
+)
+def test_runs_of_two_experiments_are_refused(tmp_path, method, changes, words):
+    training, settings = {"seed": 0, "max_train_steps": 6}, {"adapter": {"r": 4}}
+    rows = _with(made_run("m", 0, 2), training=training, settings=settings)
+    write(tmp_path, "a.jsonl", rows)
+    same = {"training": {**training, "seed": 1}, "settings": settings}
+    write(tmp_path, "b.jsonl", _with(made_run(method, 1, 2), **{**same, **changes}))
+    outcome = run(tmp_path)
+    assert outcome.exit_code == 2 and outcome.stderr.count("\n") == 1
+    assert f"but {words} differs; give the rows of one experiment" in outcome.stderr
+    assert "a.jsonl' and " in outcome.stderr and "b.jsonl' are both of made" in outcome.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_methods_may_differ_in_training_and_settings(tmp_path):
+    write(tmp_path, "a.jsonl", _with(made_run("m", 0, 2), training={"rate": 1}, settings={"r": 4}))
+    write(tmp_path, "b.jsonl", _with(made_run("n", 0, 2), training={"rate": 2}, settings={"k": 4}))
+    outcome = run(tmp_path)
+    assert outcome.exit_code == 0, outcome.output
+    assert "differ in" not in outcome.stdout + (tmp_path / "report.md").read_text()
+
+
+def test_runs_made_with_other_versions_are_told(tmp_path):
+    for name, methods in (("large", ("m", "n")), ("small", ("k",))):
+        for method in methods:
+            for seed, torch in ((0, "2.11.0"), (1, "2.13.0")):
+                rows = made_run(method, seed, 3 if name == "large" else 2, name=name)
+                rows = _with(rows, versions={"torch": torch, "python": "3.12"}, threads=1 + seed)
+                write(tmp_path, f"{method}-{seed}.jsonl", rows)
+    outcome = run(tmp_path)
+    assert outcome.exit_code == 0, outcome.output
+    for name in ("large", "small"):
+        line = f"Runs of {name} differ in threads (1, 2), torch (2.11.0, 2.13.0)."
+        texts = (outcome.stdout, *((tmp_path / f"report.{e}").read_text() for e in ("html", "md")))
+        assert [text.count(line) for text in texts] == [1, 1, 1]
+
+
 def test_a_missing_folder_is_told(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         read_results([tmp_path / "absent"])

@@ -39,4 +39,7 @@ def report(
     with full_disk_is_told(target, "--output"):
         write_beside(target / "report.html", made.encode())
         write_beside(target / "report.md", markdown(results).encode())
+    for benchmark in results.benchmarks:
+        if differences := benchmark.differences():
+            console.print(differences, soft_wrap=True, markup=False, highlight=False)
     console.print(f"Look at [bold]{escape(str(target / 'report.html'))}[/]", soft_wrap=True)

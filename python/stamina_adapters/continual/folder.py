@@ -15,11 +15,11 @@ MARGIN = 64 * 2**20
 """Bytes to leave free besides what the runs need."""
 
 
-def _first_difference(old: Any, new: Any, at: str = "") -> str | None:
+def first_difference(old: Any, new: Any, at: str = "") -> str | None:
     """The key of the first value that differs, None where none does."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            found = _first_difference(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+            found = first_difference(old.get(key), new.get(key), f"{at}.{key}" if at else key)
             if found is not None:
                 return found
         return None
@@ -42,7 +42,7 @@ def check_folder(folder: Path, identity: dict[str, Any], argument: str = "--outp
                 raise InputError(f"{where}: is in use (not empty); choose an empty or new folder")
             old = json.loads(file.read_text(encoding="utf-8"))
             # through JSON, so that tuples and lists are alike
-            differs = _first_difference(old, json.loads(json.dumps(identity)))
+            differs = first_difference(old, json.loads(json.dumps(identity)))
             if differs is not None:
                 raise InputError(
                     f"{where}: holds another run ({differs} differs); choose a new folder, or give "

@@ -149,6 +149,11 @@ def _masks(benchmark: Benchmark) -> str:
     )
 
 
+def _differences(benchmark: Benchmark) -> str:
+    told = benchmark.differences()
+    return f"<p class='soft'>{escape(told)}</p>" if told else ""
+
+
 def _main(benchmark: Benchmark, results: Results) -> str:
     """Everything about one benchmark."""
     count = benchmark.concepts
@@ -165,7 +170,7 @@ def _main(benchmark: Benchmark, results: Results) -> str:
 <p class="soft">Benchmark {escape(benchmark.name)}. Every concept is learned from its own pictures
 only and no earlier picture is seen again. {first.pictures} pictures of each prompt are told apart
 among {first.identities} identities; chance is {1 / first.identities:.2f}. Figures are means over
-seeds, &plusmn; one standard deviation.</p>
+seeds, &plusmn; one standard deviation.</p>{_differences(benchmark)}
 {_cards(benchmark)}
 <h2>What was learned and what was kept</h2>
 <p class="soft">F_mmd is drift since learning: small for a method that keeps its concepts and for
@@ -200,7 +205,7 @@ def _also(benchmark: Benchmark) -> str:
     """A smaller benchmark, such as the ablations, as one table."""
     count = benchmark.concepts
     return (
-        f"<h2>{escape(benchmark.name)}: {count} concepts</h2>"
+        f"<h2>{escape(benchmark.name)}: {count} concepts</h2>{_differences(benchmark)}"
         f"{_html_table(ablation_table(benchmark, count))}"
     )
 
@@ -239,6 +244,8 @@ def markdown(results: Results) -> str:
     for index, benchmark in enumerate(_shown(results)):
         count = benchmark.concepts
         parts.append(f"## {benchmark.name}: {count} concepts\n\n")
+        if told := benchmark.differences():
+            parts.append(f"{told}\n\n")
         if index:
             parts.append(ablation_table(benchmark, count).markdown() + "\n")
             continue

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from stamina_adapters.continual.report.agreement import check_agreement, told_differences
 from stamina_adapters.continual.rows import (
     CheckpointRow,
     ConceptRow,
@@ -61,6 +62,10 @@ class Benchmark:
         """The methods with a summary of all concepts."""
         return [name for name in self.methods if self.summaries(name, self.concepts)]
 
+    def differences(self) -> str | None:
+        """One line on versions, devices and threads of the runs where these differ, else None."""
+        return told_differences([run.run for runs in self.methods.values() for run in runs])
+
 
 @dataclass
 class Results:
@@ -88,11 +93,15 @@ def find_files(folders: Sequence[Path]) -> list[Path]:
 
 
 def read_results(folders: Sequence[Path]) -> Results:
-    """Read and sort all rows. Raises `InputError` for a line that is none, or a run found twice."""
+    """Read and sort all rows.
+
+    Raises `InputError` for a line that is none, a run found twice, or runs of two experiments.
+    """
     runs: dict[tuple[str, str, int], Run] = {}
     results = Results([], [], {})
     for file in find_files(folders):
         _read_file(file, runs, results)
+    check_agreement((run.run, run.file) for run in runs.values())
     grouped: dict[str, dict[str, list[Run]]] = {}
     for (benchmark, method, _), run in sorted(runs.items()):
         grouped.setdefault(benchmark, {}).setdefault(method, []).append(run)
