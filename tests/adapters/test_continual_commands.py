@@ -160,13 +160,28 @@ def test_a_method_that_diverges_does_not_stop_the_others(spec, tmp_path):
     outcome = run("benchmark", "--sequence", spec, "--output", out)
     assert outcome.exit_code == 2
     assert "1 run failed, the others are whole: fake, seed 0, concept 2: " in outcome.stderr
-    assert len(comparable(out / "fake" / "seed-0" / "rows.jsonl")) == 5
+    rows = comparable(out / "fake" / "seed-0" / "rows.jsonl")
+    assert [row["kind"] for row in rows[-2:]] == ["summary", "failed"]
+    assert rows[-1]["task"] == 2 and "became nan" in rows[-1]["reason"]
     (benchmark,) = read_results([out]).benchmarks
     assert benchmark.finished() == ["other"]
+    # again: it is tried once more, and still told once
+    assert run("benchmark", "--sequence", spec, "--output", out).exit_code == 2
+    assert comparable(out / "fake" / "seed-0" / "rows.jsonl") == rows
     tuning = run("benchmark", "--sequence", spec, "--tune", "--output", tmp_path / "tuned")
     assert tuning.exit_code == 0
     trials = read_results([tmp_path / "tuned"]).tuning
     assert [row.failed is not None for row in trials] == [True, True, False, False]
+
+
+def test_a_run_that_fails_at_its_first_concept_leaves_its_row(spec, tmp_path):
+    out = tmp_path / "out"
+    _edit(spec, methods={"fake": {"settings": {"fail_at": 1}}})
+    assert run("benchmark", "--sequence", spec, "--output", out).exit_code == 2
+    rows = comparable(out / "fake" / "seed-0" / "rows.jsonl")
+    assert [row["kind"] for row in rows] == ["run", "failed"]
+    ((method, (failed,)),) = read_results([out]).benchmarks[0].methods.items()
+    assert method == "fake" and failed.failed.task == 1
 
 
 # Each case spoils one thing of a sound call; nothing may be written or changed.

@@ -21,6 +21,7 @@ from stamina_adapters.continual.report.tables import growth_table, mask_table
 from stamina_adapters.continual.rows import (
     CheckpointRow,
     ConceptRow,
+    FailedRow,
     PairRow,
     PictureRow,
     RunRow,
@@ -278,7 +279,61 @@ def test_a_run_that_is_not_finished_is_shown_as_far_as_it_got(tmp_path):
     write(tmp_path, "c.jsonl", made_run("ewc", 0, 10)[:1])
     outcome = run(tmp_path)
     assert outcome.exit_code == 0, outcome.output
-    assert "| lora |" not in (tmp_path / "report.md").read_text().split("Cost")[0]
+    for text in told_in(tmp_path):
+        assert "| stamina | 1 |" in text
+        assert "| lora | 0 of 1 |" in text
+        assert "| lora | 1 of 1 seeds unfinished: 5 of 10 concepts learned |" in text
+        assert "| ewc | 1 of 1 seeds unfinished: 0 of 10 concepts learned |" in text
+
+
+def told_in(folder):
+    """The Markdown, and the page with its tables as in Markdown."""
+    page = (folder / "report.html").read_text()
+    for tags, bar in (
+        ("</t[dh]><t[dh]>", " | "),
+        ("<tr[^>]*><t[dh]>", "| "),
+        ("</t[dh]></tr>", " |"),
+    ):
+        page = re.sub(tags, bar, page)
+    return (folder / "report.md").read_text(), page
+
+
+def failed_run(method, seed, task, *, name="made"):
+    """A run of ten concepts whose training diverges at one of them."""
+    rows = made_run(method, seed, 10, name=name)
+    begun = next(k for k, row in enumerate(rows) if getattr(row, "task", 0) == task)
+    why = FailedRow(method=method, seed=seed, task=task, reason="the loss is nan|inf")
+    return [*rows[:begun], why]
+
+
+def test_runs_that_failed_are_counted_and_named_with_the_reason(tmp_path):
+    write(tmp_path, "a.jsonl", made_run("lora", 0, 10))
+    write(tmp_path, "b.jsonl", failed_run("lora", 1, 6))
+    for seed in (0, 1):
+        write(tmp_path, f"c{seed}.jsonl", failed_run("ewc", seed, 1))
+    write(tmp_path, "d.jsonl", failed_run("lora", 0, 1, name="ablations"))
+    outcome = run(tmp_path)
+    assert outcome.exit_code == 0, outcome.output
+    reasons = ("the loss is nan\\|inf", "the loss is nan|inf")
+    for text, reason in zip(told_in(tmp_path), reasons, strict=True):
+        assert "| lora | 1 of 2 |" in text and "| ewc | 0 of 2 |" in text
+        assert f"| lora | 1 of 2 seeds failed at concept 6 | {reason} |" in text
+        assert f"| ewc | 2 of 2 seeds failed at concept 1 | {reason} |" in text
+        assert "ablations: no checkpoint reached" in text
+        assert f"| lora | 1 of 1 seeds failed at concept 1 | {reason} |" in text
+
+
+def test_a_report_of_failures_alone_names_them(tmp_path):
+    write(tmp_path, "a.jsonl", failed_run("lora", 0, 1))
+    outcome = run(tmp_path)
+    assert outcome.exit_code == 0, outcome.output
+    for text in told_in(tmp_path):
+        assert "| lora | 1 of 1 seeds failed at concept 1 |" in text
+
+
+def test_a_report_of_whole_runs_names_no_others(folder):
+    for text in told_in(folder):
+        assert "not whole" not in text and " of 3 " not in text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from stamina_adapters.continual.folder import MARGIN, check_folder, check_room, claim_folder
 from stamina_adapters.continual.rows import PairRow, from_line, read_rows, to_line
-from stamina_adapters.continual.run import run_tasks
+from stamina_adapters.continual.run import TaskFailedError, run_tasks
 from stamina_adapters.continual.store import Lock, RowLog, RunStore, tasks_done
 from stamina_adapters.files import write_beside
 from stamina_adapters.training.errors import InputError
@@ -82,6 +82,22 @@ def test_rows_are_brought_to_the_state_whatever_was_written_of_them(tmp_path, cu
     file.write_bytes(whole + b'{"half of a r')
     RunStore(tmp_path)
     assert file.read_bytes() == whole
+
+
+def test_a_failed_task_is_noted_until_it_is_tried_again(tmp_path):
+    class Failing(Counting):
+        def learn(self, task):
+            if task == 2:
+                raise TaskFailedError("no", [_row(99)])
+            return super().learn(task)
+
+    for _ in range(2):
+        with pytest.raises(TaskFailedError, match="no"):
+            run_tasks(Failing(), RunStore(tmp_path))
+        assert [row.after for row in read_rows([tmp_path / "rows.jsonl"], "")] == [1, 2, 99]
+    store = RunStore(tmp_path)
+    run_tasks(Counting(), store)
+    assert [row.after for row in store.rows(PairRow)] == [1, 2, 3, 4]
 
 
 def test_rows_without_a_state_are_dropped(tmp_path):

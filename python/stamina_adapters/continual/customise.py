@@ -19,6 +19,7 @@ from stamina_adapters.continual.memory import PeakMemory
 from stamina_adapters.continual.rows import (
     CheckpointRow,
     ConceptRow,
+    FailedRow,
     LevelRow,
     PictureRow,
     RunRow,
@@ -156,7 +157,7 @@ class CustomiseWorkload:
         if self.plan.on_training is not None:
             on_step = self.plan.on_training(title, self._trainer.config.max_train_steps)
         with PeakMemory() as peak:
-            state, log = self._train(task, on_step)
+            state, log = self._train(task, on_step, rows)
         (images,) = self.plan.studio.draw(
             self.pipe, [concept.spec.instance_prompt], f"{title}, draw"
         )
@@ -173,14 +174,21 @@ class CustomiseWorkload:
         return rows
 
     def _train(
-        self, task: int, on_step: Callable[[StepReport], None] | None
+        self,
+        task: int,
+        on_step: Callable[[StepReport], None] | None,
+        before: Sequence[BaseModel],
     ) -> tuple[Any, ConceptLog]:
+        """`before`: the task's rows so far, which say whose a failure is."""
         concept = self.plan.material.concepts[task]
         try:
             return self._trainer.learn(concept.spec, concept.dataset, on_step)
         except InputError as error:
             reason = " ".join(str(error).split())
-            raise TaskFailedError(f"{self._name} concept {task + 1}: {reason}") from error
+            failed = FailedRow(task=task + 1, reason=reason, **self._labels)
+            raise TaskFailedError(
+                f"{self._name} concept {failed.task}: {reason}", [*before, failed]
+            ) from error
 
     @property
     def _name(self) -> str:

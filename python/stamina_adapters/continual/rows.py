@@ -123,6 +123,14 @@ class CheckpointRow(_OfRun):
     seconds: Figure
 
 
+class FailedRow(_OfRun):
+    """The last row of a run that could not learn task `task`: why. Gone when the run goes on."""
+
+    kind: Literal["failed"] = "failed"
+    task: int
+    reason: str
+
+
 class PairRow(_OfRun):
     """Two concepts in one prompt: whose centroid is nearest to the pictures."""
 
@@ -195,7 +203,15 @@ class TuningRow(Row):
 
 
 AnyRow = Annotated[
-    RunRow | LevelRow | ConceptRow | CheckpointRow | PairRow | SummaryRow | PictureRow | TuningRow,
+    RunRow
+    | LevelRow
+    | ConceptRow
+    | CheckpointRow
+    | FailedRow
+    | PairRow
+    | SummaryRow
+    | PictureRow
+    | TuningRow,
     _Field(discriminator="kind"),
 ]
 _ANY: TypeAdapter[AnyRow] = TypeAdapter(AnyRow)

@@ -12,7 +12,14 @@ from stamina_adapters.training.errors import InputError
 
 
 class TaskFailedError(InputError):
-    """A task cannot be learned with these settings: the loss or a weight is not finite."""
+    """A task cannot be learned with these settings: the loss or a weight is not finite.
+
+    `rows` say so in the run's file.
+    """
+
+    def __init__(self, message: str, rows: Sequence[BaseModel]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class Workload(Protocol):
@@ -47,10 +54,17 @@ def run_tasks(
     store: RunStore,
     on_task: Callable[[int, Sequence[BaseModel]], None] = lambda task, rows: None,
 ) -> None:
-    """Learn the tasks that the store does not hold yet, committing each; then call `on_task`."""
+    """Learn the tasks that the store does not hold yet, committing each; then call `on_task`.
+
+    Where one fails, its rows are noted and `TaskFailedError` is raised; the next call tries again.
+    """
     if store.done:
         workload.restore(store.tensors, store.facts, store.rows(BaseModel))
     for task in range(store.done, workload.tasks):
-        rows = workload.learn(task)
+        try:
+            rows = workload.learn(task)
+        except TaskFailedError as error:
+            store.note(error.rows)
+            raise
         store.commit(*workload.snapshot(), rows)
         on_task(task, rows)

@@ -150,6 +150,12 @@ class RunStore:
         self._append(lines)
         self.done, self.facts, self.tensors = self.done + 1, facts, flat
 
+    def note(self, rows: Sequence[BaseModel]) -> None:
+        """Add rows that the state does not hold: they stand until the run is opened again."""
+        length = self._length
+        self._append([to_line(row) for row in rows])
+        self._length = length
+
 
 class RowLog:
     """Rows that stand for themselves, each written once under a key; used for cached results."""

@@ -23,12 +23,14 @@ from stamina_adapters.continual.report.tables import (
     pair_table,
     quality_table,
     tuning_table,
+    unfinished_table,
 )
 from stamina_adapters.continual.rows import PictureRow
 from stamina_adapters.continual.thumbnails import decode
 from stamina_adapters.evaluation.grid import image_grid
 from stamina_adapters.evaluation.html import STYLE, card, picture, png, table
 
+_NOT_WHOLE = "Runs that are not whole"
 _MORE = """
 body{max-width:1240px}tr:last-child td{font-weight:400}
 td:nth-child(n+2){white-space:nowrap}th{vertical-align:bottom;line-height:1.25}
@@ -149,6 +151,11 @@ def _masks(benchmark: Benchmark) -> str:
     )
 
 
+def _unfinished(benchmark: Benchmark) -> str:
+    made = unfinished_table(benchmark)
+    return "" if made is None else f"<h3>{_NOT_WHOLE}</h3>{_html_table(made)}"
+
+
 def _differences(benchmark: Benchmark) -> str:
     told = benchmark.differences()
     return f"<p class='soft'>{escape(told)}</p>" if told else ""
@@ -176,7 +183,7 @@ seeds, &plusmn; one standard deviation.</p>{_differences(benchmark)}
 <p class="soft">F_mmd is drift since learning: small for a method that keeps its concepts and for
 one that never learned them, so it stands beside accuracy right after learning. A_mmd is distance
 to real pictures at the end. Lower is better for both and for KID.</p>
-{_html_table(quality_table(benchmark, count))}
+{_html_table(quality_table(benchmark, count))}{_unfinished(benchmark)}
 {shorter}
 {_growth(benchmark)}
 {_figure(accuracy_figure(benchmark), "accuracy over tasks")}
@@ -201,12 +208,16 @@ Peak memory is the growth of the process while a concept is learned.</p>
 """
 
 
+def _heading(benchmark: Benchmark) -> str:
+    reached = f"{benchmark.concepts} concepts" if benchmark.concepts else "no checkpoint reached"
+    return f"{benchmark.name}: {reached}"
+
+
 def _also(benchmark: Benchmark) -> str:
     """A smaller benchmark, such as the ablations, as one table."""
-    count = benchmark.concepts
     return (
-        f"<h2>{escape(benchmark.name)}: {count} concepts</h2>{_differences(benchmark)}"
-        f"{_html_table(ablation_table(benchmark, count))}"
+        f"<h2>{escape(_heading(benchmark))}</h2>{_differences(benchmark)}"
+        f"{_html_table(ablation_table(benchmark, benchmark.concepts))}{_unfinished(benchmark)}"
     )
 
 
@@ -220,16 +231,16 @@ def _tuning(results: Results) -> str:
     )
 
 
-def _shown(results: Results) -> list[Benchmark]:
-    return [one for one in results.benchmarks if one.concepts]
-
-
 def page(results: Results) -> str:
     """The results as one HTML document."""
-    shown = _shown(results)
-    body = _main(shown[0], results) if shown else "<h1>Tuning</h1>"
-    body += "".join(map(_also, shown[1:])) + _tuning(results)
-    title = f"{shown[0].concepts} concepts in a row" if shown else "Tuning"
+    # there are figures to draw from the first checkpoint on
+    main = [one for one in results.benchmarks[:1] if one.concepts]
+    if main:
+        title, body = f"{main[0].concepts} concepts in a row", _main(main[0], results)
+    else:
+        title = "Tuning" if results.tuning else _NOT_WHOLE
+        body = f"<h1>{title}</h1>"
+    body += "".join(map(_also, results.benchmarks[len(main) :])) + _tuning(results)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(title)}</title><style>{STYLE}{_MORE}</style></head><body>
@@ -241,16 +252,19 @@ def page(results: Results) -> str:
 def markdown(results: Results) -> str:
     """The same figures as Markdown tables."""
     parts: list[str] = []
-    for index, benchmark in enumerate(_shown(results)):
-        count = benchmark.concepts
-        parts.append(f"## {benchmark.name}: {count} concepts\n\n")
+    for index, benchmark in enumerate(results.benchmarks):
+        count, unfinished = benchmark.concepts, unfinished_table(benchmark)
+        parts.append(f"## {_heading(benchmark)}\n\n")
         if told := benchmark.differences():
             parts.append(f"{told}\n\n")
         if index:
             parts.append(ablation_table(benchmark, count).markdown() + "\n")
+            if unfinished:
+                parts.append(unfinished.markdown() + "\n")
             continue
         tables: Sequence[tuple[str, Table | None]] = (
             ("Learned and kept", quality_table(benchmark, count)),
+            (_NOT_WHOLE, unfinished),
             ("The first ten and the last ten", growth_table(benchmark)),
             ("Cost", cost_table(benchmark, count)),
             ("Masks", mask_table(benchmark)),

@@ -10,6 +10,7 @@ from stamina_adapters.continual.report.agreement import check_agreement, told_di
 from stamina_adapters.continual.rows import (
     CheckpointRow,
     ConceptRow,
+    FailedRow,
     PairRow,
     PictureRow,
     RunRow,
@@ -33,6 +34,7 @@ class Run:
     summaries: dict[int, SummaryRow] = field(default_factory=dict)
     pairs: list[PairRow] = field(default_factory=list)
     pictures: list[PictureRow] = field(default_factory=list)
+    failed: FailedRow | None = None
 
     @property
     def learned(self) -> int:
@@ -128,7 +130,14 @@ def _read_file(file: Path, runs: dict[tuple[str, str, int], Run], results: Resul
                 results.tuning.append(row)
             case PictureRow(stage="real"):
                 results.real[row.concept] = row
-            case ConceptRow() | CheckpointRow() | SummaryRow() | PairRow() | PictureRow():
+            case (
+                ConceptRow()
+                | CheckpointRow()
+                | FailedRow()
+                | SummaryRow()
+                | PairRow()
+                | PictureRow()
+            ):
                 if here is None:
                     raise InputError(f"DIR: {str(file)!r} does not begin with its row of kind run")
                 _put(here, row)
@@ -136,12 +145,16 @@ def _read_file(file: Path, runs: dict[tuple[str, str, int], Run], results: Resul
                 pass  # levels: the summaries hold what the report needs of them
 
 
-def _put(run: Run, row: ConceptRow | CheckpointRow | SummaryRow | PairRow | PictureRow) -> None:
+def _put(
+    run: Run, row: ConceptRow | CheckpointRow | FailedRow | SummaryRow | PairRow | PictureRow
+) -> None:
     match row:
         case ConceptRow():
             run.concepts.append(row)
         case CheckpointRow():
             run.checkpoints.append(row)
+        case FailedRow():
+            run.failed = row
         case SummaryRow():
             run.summaries[row.concepts] = row
         case PairRow():

@@ -2,6 +2,7 @@
 """Figures in tables, for the page and in Markdown."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,18 +56,34 @@ _COST: tuple[_Column, ...] = (
 
 def _table(benchmark: Benchmark, concepts: int, columns: Sequence[_Column]) -> Table:
     rows = []
-    for name in benchmark.methods:
+    for name, runs in benchmark.methods.items():
         found = benchmark.summaries(name, concepts)
-        if not found:
-            continue
+        seeds = str(len(found)) if len(found) == len(runs) else f"{len(found)} of {len(runs)}"
         cells = [text(found, value, digits, factor) for _, value, digits, factor in columns]
-        rows.append([name, str(len(found)), *cells])
+        rows.append([name, seeds, *cells])
     return Table(["method", "seeds", *(title for title, *_ in columns)], rows)
 
 
 def quality_table(benchmark: Benchmark, concepts: int) -> Table:
     """What was learned and kept, one row for each method."""
     return _table(benchmark, concepts, _QUALITY)
+
+
+def unfinished_table(benchmark: Benchmark) -> Table | None:
+    """How many runs of a method failed or were stopped, and where; None where all are whole."""
+    rows = []
+    for name, runs in benchmark.methods.items():
+        ends = Counter(map(_end, (run for run in runs if run.learned < run.run.concepts)))
+        for (end, reason), count in ends.items():
+            rows.append([name, f"{count} of {len(runs)} seeds {end}", reason])
+    return Table(["method", "outcome", "reason"], rows) if rows else None
+
+
+def _end(run: Run) -> tuple[str, str]:
+    """Where a run that is not whole came to its end, and why."""
+    if run.failed is None:
+        return f"unfinished: {run.learned} of {run.run.concepts} concepts learned", ""
+    return f"failed at concept {run.failed.task}", run.failed.reason
 
 
 def cost_table(benchmark: Benchmark, concepts: int) -> Table:
