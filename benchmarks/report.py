@@ -14,6 +14,7 @@ REFUSED = "refused: check failed"
 PARTS = ("forward", "backward", "update")
 """Passes of a longer one. The others stand for a case: they are what a user waits for."""
 Goals = Mapping[str, str]
+Versions = dict[str, str | None]
 
 
 def number(value: float | None) -> str:
@@ -52,11 +53,21 @@ def summary_table(summary: Summary, goals: Goals) -> ScreenTable:
     return table
 
 
-def _quantity(row: Row) -> tuple[str, float | None]:
-    """What a row is compared by: its time, or its memory where it has no time."""
-    if milliseconds(row) is not None:
-        return "ms", milliseconds(row)
-    return "MiB", row["peak_mib"]
+_QUANTITIES = {
+    "device ms": record.device_ms,
+    "kernels ms": record.busy_ms,
+    "wall ms": record.wall_ms,
+    "peak MiB": record.peak_mib,
+}
+
+
+def _quantity(*rows: Row) -> tuple[str, list[float | None]]:
+    """What rows are compared by: the first clock that all of them have, else their memory."""
+    for unit, value in _QUANTITIES.items():
+        values = [value(row) for row in rows]
+        if None not in values:
+            return unit, values
+    return "", [None] * len(rows)
 
 
 def _ratio(a: float | None, b: float | None) -> str:
@@ -68,12 +79,13 @@ def comparison(first: Result, second: Result) -> Iterator[ScreenTable | str]:
     before, after = ({key(row): row for row in result["rows"]} for result in (first, second))
     if _identity(first) != _identity(second):
         yield "The machines differ: ratios of times compare machines as well."
+    if versions := _differing_versions(first["versions"], second["versions"]):
+        yield f"Versions differ: {versions}."
     # narrow screens may break a refusal between its words, not within one
     ratio = Column("B / A", min_width=max(map(len, REFUSED.split())))
     table = ScreenTable("suite", "case", "provider", "pass", "A", "B", "unit", ratio)
     for name in [name for name in before if name in after]:
-        unit, a = _quantity(before[name])
-        _, b = _quantity(after[name])
+        unit, (a, b) = _quantity(before[name], after[name])
         refused = failed(before[name]) or failed(after[name])
         table.add_row(*name, number(a), number(b), unit, REFUSED if refused else _ratio(a, b))
     yield table
@@ -85,6 +97,15 @@ def comparison(first: Result, second: Result) -> Iterator[ScreenTable | str]:
         a, b = first["summary"].get(entry), second["summary"].get(entry)
         changed.add_row(entry, number(a), number(b), _ratio(a, b))
     yield changed
+
+
+def _differing_versions(first: Versions, second: Versions) -> str:
+    """Such as "torch 2.11.0 in A and 2.13.0 in B"; empty where none differs."""
+    return ", ".join(
+        f"{name} {first.get(name) or 'none'} in A and {second.get(name) or 'none'} in B"
+        for name in first | second
+        if first.get(name) != second.get(name)
+    )
 
 
 def _identity(result: Result) -> tuple[object, ...]:
@@ -102,7 +123,7 @@ def _cell(row: Row | None) -> str:
         return ""
     if failed(row):
         return REFUSED
-    cell = number(_quantity(row)[1])
+    cell = number(_quantity(row)[1][0])
     return f"{cell} {_KERNELS}" if by_kernels(row) else cell
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import command
 from PIL import Image
 
-from benchmarks import cli
+from benchmarks import cli, report
 from benchmarks.suites import SUITES
 from stamina_kernels import dispatch
 
@@ -185,6 +185,41 @@ def test_compare_says_that_machines_differ(files, results, tmp_path):
 
     outcome = command("compare", files["fold"], changed(results, tmp_path, change))
     assert "The machines differ" in outcome.stdout
+
+
+def test_compare_names_the_versions_that_differ(files, results, tmp_path):
+    def change(result):
+        result["versions"] |= {"torch": "1.0", "peft": None}
+
+    versions = results["fold"]["versions"]
+    outcome = command("compare", files["fold"], changed(results, tmp_path, change))
+    printed = " ".join(outcome.stdout.split())
+    assert (
+        f"Versions differ: torch {versions['torch']} in A and 1.0 in B, "
+        f"peft {versions['peft']} in A and none in B."
+    ) in printed
+    assert "Versions differ" not in command("compare", files["fold"], files["fold"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "unit", "ratio"),
+    [
+        ({"device_ms": 2, "busy_ms": 4}, {"device_ms": 3, "busy_ms": 8}, "device ms", "1.500"),
+        ({"device_ms": 2, "busy_ms": 4}, {"busy_ms": 8}, "kernels ms", "2.000"),
+        ({"device_ms": 2, "median_ms": 5}, {"busy_ms": 8, "median_ms": 10}, "wall ms", "2.000"),
+        ({"device_ms": 2, "peak_mib": 1}, {"peak_mib": 4}, "peak MiB", "4.000"),
+        ({"device_ms": 2}, {"peak_mib": 4}, "", "-"),
+    ],
+)
+def test_rows_are_compared_by_the_first_quantity_that_both_have(
+    results, before, after, unit, ratio
+):
+    result = results["fold"] | {"summary": {}}
+    bare = result["rows"][0] | {"median_ms": None}
+    first, second = (result | {"rows": [bare | figures]} for figures in (before, after))
+    table = next(part for part in report.comparison(first, second) if not isinstance(part, str))
+    cells = [next(iter(column.cells)) for column in table.columns]
+    assert cells[-2:] == [unit, ratio]
 
 
 def test_table_is_markdown_of_every_case_and_figure(files, results):
