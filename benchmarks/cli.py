@@ -49,6 +49,9 @@ def _check_device(name: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used: {reason}") from error
+    # a meta tensor holds nothing to time or to check, and the CPU has no second one
+    if name != "cpu" and torch.device(name).type in ("cpu", "meta"):
+        raise InputError(f"--device must be 'cpu' or a GPU such as 'cuda:0', got {name!r}")
 
 
 def _check_backend(suite: Suite, device: str) -> None:

@@ -68,8 +68,10 @@ def test_folder_without_permission(no_work, tmp_path, monkeypatch):
     refused(command("run", "linear", "--json", tmp_path / "a.json"), "--json", "not writable")
 
 
-def test_unusable_device(no_work, tmp_path):
-    refused(command("run", "linear", "--json", tmp_path / "a.json", "--device", "tpu"), "--device")
+@pytest.mark.parametrize("device", ["tpu", "meta", "cpu:0"])
+def test_unusable_device(no_work, tmp_path, device):
+    outcome = command("run", "linear", "--json", tmp_path / "a.json", "--device", device)
+    refused(outcome, "--device", device)
 
 
 @pytest.fixture
