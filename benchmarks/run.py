@@ -36,7 +36,8 @@ def run_suite(
     facts: dict[str, float | None] = {}
     result: Result = {
         "machine": found, "versions": versions, "rows": [], "summary": {},
-        "skipped": {
+        "skipped": dict.fromkeys(suite.slow if settings.quick else (), "--quick")
+        | {
             name: reason
             for name, missing in suite.rivals.items()
             if (reason := missing(settings.device))

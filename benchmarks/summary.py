@@ -26,9 +26,11 @@ class Table:
         return self._rows.get((case, provider, pass_))
 
     def fastest(self, case: str, providers: Sequence[str], pass_: str = "step") -> Row | None:
-        """The fastest of the providers that ran this case."""
+        """The fastest of the providers; None where one has no row: it might have been faster."""
         rows = [row for name in providers if (row := self.find(case, name, pass_))]
-        return min(rows, key=lambda row: row["median_ms"] or math.inf, default=None)
+        if len(rows) < len(providers):
+            return None
+        return min(rows, key=lambda row: row["median_ms"] or math.inf)
 
 
 def mean_ratio(
@@ -60,7 +62,7 @@ def mean_ratio(
 def speedup(
     table: Table, cases: Sequence[str], rivals: Sequence[str], pass_: str = "step"
 ) -> float | None:
-    """How many times faster ours is than the fastest, case by case, of the rivals that ran."""
+    """How many times faster ours is than the fastest, case by case, of rivals that all ran."""
     return mean_ratio(
         cases,
         lambda case: table.fastest(case, rivals, pass_),

@@ -66,6 +66,7 @@ SUITE = Suite(
     why_missing((*OURS, *RIVALS_HERE, COMPILED)),
     _tasks,
     _summary,
+    slow=(COMPILED,),
     goals={
         **gpu.goals(("kv.{}.over.eager.device",), ">= 10"),
         **gpu.goals(("kv.{}.over.eager.compile.device",), ">= 3"),

@@ -139,6 +139,7 @@ SUITE = Suite(
     why_missing((*gpu.KERNELS, *RIVALS_HERE, COMPILED)),
     _tasks,
     _summary,
+    slow=(COMPILED,),
     goals={
         **gpu.goals(("step.{}.over.eager.device", "step.{}.at_once.over.eager.device"), ">= 10"),
         **gpu.goals(

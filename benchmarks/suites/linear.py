@@ -109,6 +109,7 @@ LINEAR_SUITE = Suite(
     why_missing(LINEAR_RIVALS),
     lambda settings: _tasks(settings, cases.LINEAR, LINEAR_RIVALS, HALF_DTYPES),
     _linear_summary,
+    slow=_COMPILED,
 )
 GROUP_SUITE = Suite(
     "group",
@@ -116,4 +117,5 @@ GROUP_SUITE = Suite(
     why_missing(GROUP_RIVALS),
     lambda settings: _tasks(settings, cases.GROUP, GROUP_RIVALS, ()),
     _group_summary,
+    slow=_COMPILED,
 )

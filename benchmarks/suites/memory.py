@@ -14,6 +14,7 @@ from benchmarks.suites.suite import Outcome, Settings, Suite, Task, why_missing
 from benchmarks.summary import Summary, Table, mean_ratio
 
 PROVIDERS = ("ours", "gumbel", "eager", "peft", "loha", "dense")
+_QUICK = ("ours", "eager")
 _MODEL_WIDE = ((SDXL, "ours"), (SDXL_TENTH, "eager"), (SDXL_TENTH, "gumbel"))
 
 
@@ -25,7 +26,7 @@ def _run(case: MemoryCase, provider: str, settings: Settings) -> Outcome:
 
 def _tasks(settings: Settings) -> list[Task]:
     if settings.quick:
-        pairs = [(MEMORY[0], provider) for provider in ("ours", "eager")]
+        pairs = [(MEMORY[0], provider) for provider in _QUICK]
     else:
         pairs = [(case, provider) for case in MEMORY for provider in PROVIDERS]
         pairs += _MODEL_WIDE
@@ -54,4 +55,5 @@ SUITE = Suite(
     why_missing(PROVIDERS),
     _tasks,
     _summary,
+    slow=[name for name in PROVIDERS if name not in _QUICK],
 )

@@ -62,7 +62,8 @@ class Task:
 @dataclass(frozen=True)
 class Suite:
     """tasks lists the work without doing any; rivals says of every provider why it is missing on a
-    device; goals are what the summary's figures should be, as in ">= 0.85"."""
+    device; goals are what the summary's figures should be, as in ">= 0.85"; slow are the rivals
+    that a quick run leaves out."""
 
     name: str
     about: str
@@ -70,6 +71,7 @@ class Suite:
     tasks: Callable[[Settings], list[Task]]
     summary: Callable[[list[Row]], Summary]
     goals: Mapping[str, str] = field(default_factory=dict)
+    slow: Sequence[str] = ()
 
 
 def why_missing(providers: Sequence[str]) -> dict[str, Callable[[str], str | None]]:

@@ -16,12 +16,13 @@ from benchmarks.measure import check, error_limit, interleave, relative_rms
 from benchmarks.problem import make_problem
 from benchmarks.rivals import RIVALS, Rival, peft_lora
 from benchmarks.suites.fold import correctly_rounded
-from benchmarks.summary import geometric_mean
+from benchmarks.summary import Table, geometric_mean, speedup
 
 SMALL = LinearCase(64, (32, 48), 10, rank=4)
 TINY = LinearCase(64, (32,), 8)
 LIMIT = error_limit(torch.float32)
 COMPILED = ["eager.compile", "gumbel.compile"]
+NOT_QUICK = "speedup.eager_best"  # the faster of two, of which a quick run has one
 HERE = [n for n, rival in RIVALS.items() if n not in COMPILED and rival.missing("cpu") is None]
 
 
@@ -145,7 +146,7 @@ def test_a_failed_check_of_one_rival_refuses_its_speedup_only(tmp_path, monkeypa
     outcome, result, _ = quick_linear(tmp_path, monkeypatch, "gumbel", broken)
     assert outcome.exit_code == 1
     refused = {name for name, value in result["summary"].items() if value is None}
-    assert refused == {"speedup.gumbel"}
+    assert refused == {"speedup.gumbel", NOT_QUICK}
 
 
 def test_a_missing_rival_is_named_and_has_no_rows(tmp_path, monkeypatch):
@@ -156,6 +157,19 @@ def test_a_missing_rival_is_named_and_has_no_rows(tmp_path, monkeypatch):
     assert not [row for row in result["rows"] if row["provider"] == "loha"]
     assert result["summary"]["speedup.loha"] is None
     assert result["summary"]["speedup.gumbel"] is not None
+
+
+def test_rivals_that_a_quick_run_leaves_out_are_named_and_no_mean_rests_on_their_peers(
+    tmp_path, monkeypatch
+):
+    outcome, result, file = quick_linear(tmp_path, monkeypatch, "eager", RIVALS["eager"])
+    for name in COMPILED:
+        why = compiler_missing("cpu") or "--quick"
+        assert result["skipped"][name] == why
+        assert f"{name} is left out: {why}" in outcome.stderr
+        assert f"- {name}: {why}" in command("table", file).stdout
+    refused = {name for name, value in result["summary"].items() if value is None}
+    assert refused == {NOT_QUICK}
 
 
 def test_rounds_are_interleaved_and_the_first_is_left_out():
@@ -205,6 +219,24 @@ def test_counted_arithmetic_is_that_of_the_dense_formula(problem):
     with FlopCounterMode(display=False) as counter:
         contestant.backward(contestant.run())
     assert counter.get_total_flops() == SMALL.step_flops()
+
+
+def test_the_faster_of_two_is_told_only_of_cases_that_both_ran():
+    times = {
+        "a": {"ours": 1.0, "eager": 4.0, "eager.compile": 3.0},
+        "b": {"ours": 1.0, "eager": 8.0},
+    }
+    rows = [
+        {"case": case, "provider": name, "pass": "step", "median_ms": time, "error": None,
+         "error_limit": None}
+        for case, found in times.items()
+        for name, time in found.items()
+    ]  # fmt: skip
+    table, rivals = Table(rows), ("eager", "eager.compile")
+    assert speedup(table, ["a"], rivals) == pytest.approx(3.0)
+    assert speedup(table, ["a", "b"], rivals) == pytest.approx(3.0)
+    assert speedup(table, ["b"], rivals) is None
+    assert speedup(table, ["b"], ("eager",)) == pytest.approx(8.0)
 
 
 def test_geometric_mean():
