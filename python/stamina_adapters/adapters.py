@@ -2,12 +2,14 @@
 """The verbs over all concepts of a model: which apply, at what weight, and taking them out."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
 from stamina_adapters.concept import ConceptState
-from stamina_adapters.fold import check_weights, detach_live, refold, stacked, sync_live
+from stamina_adapters.concept_checks import finite_weights
+from stamina_adapters.fold import detach_live, refold, stacked, sync_live
 from stamina_adapters.guards import check_weights_in_use, release_pipeline
 from stamina_adapters.models import (
     FoldedConcept,
@@ -83,9 +85,8 @@ def set_stamina_adapters(
     state = _require(pipe_or_module, names, "set_stamina_adapters")
     if weights is None:
         weights = [1.0] * len(names)
-    weights = [weights] * len(names) if isinstance(weights, int | float) else list(weights)
-    check_weights(weights, len(names))
-    chosen = dict(zip(names, weights, strict=True))
+    given = [weights] * len(names) if isinstance(weights, Real) else weights
+    chosen = dict(zip(names, finite_weights(given, len(names)), strict=True))
     _set_weights(pipe_or_module, state, {name: chosen.get(name, 0.0) for name in state.names})
 
 

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from stamina_adapters.concept import ConceptState, Tokens, weight_digest
+from stamina_adapters.concept_checks import (
+    check_concepts,
+    check_layers,
+    check_tokens,
+    finite_weights,
+)
 from stamina_adapters.guards import check_weights_in_use, hook_scale, release_live, release_pipeline
 from stamina_adapters.linear import WEIGHT_INIT
 from stamina_adapters.models import (
@@ -20,29 +26,18 @@ from stamina_adapters.models import (
     LiveAdapter,
     ModelState,
     adapted_model,
+    base_weight,
     find_state,
     keep_state,
     layer_at,
     require_live,
 )
-from stamina_adapters.tokens import (
-    check_new_token,
-    check_vector,
-    enter_folded_tokens,
-    fold_vectors,
-    live_vectors,
-)
+from stamina_adapters.tokens import enter_folded_tokens, fold_vectors, live_vectors
 from stamina_kernels import CommittedAdapter, fold_
-from stamina_kernels.checks import FLOATS
 
 
 def _paths(concepts: Iterable[FoldedConcept]) -> list[str]:
     return list(dict.fromkeys(path for concept in concepts for path in concept.state.layers))
-
-
-def _base_weight(layer: nn.Module) -> Tensor:
-    weight = layer._buffers.get(WEIGHT_INIT)
-    return layer.weight if weight is None else weight  # type: ignore[return-value]
 
 
 def _at(adapter: CommittedAdapter, weight: float, device: torch.device) -> CommittedAdapter:
@@ -158,7 +153,7 @@ def _committed(
         except ValueError as error:
             raise ValueError(f"adapter {live.name!r}, layer {path!r}: {error}") from error
     index = max((concept.state.index for concept in state.folded), default=-1) + 1
-    digests = {path: weight_digest(_base_weight(layer)) for path, layer in live.layers.items()}
+    digests = {path: weight_digest(base_weight(layer)) for path, layer in live.layers.items()}
     return ConceptState(live.name, index, live.config, layers, digests, tokens)
 
 
@@ -248,57 +243,6 @@ def unfuse_stamina(pipe_or_module: Any) -> None:
     sync_live(state)
 
 
-def _check_layers(model: nn.Module, concept: ConceptState, verify_base: bool) -> None:
-    for path, adapter in concept.layers.items():
-        try:
-            layer = layer_at(model, path)
-        except KeyError as error:
-            raise ValueError(f"concept {concept.name!r}: {error.args[0]}") from None
-        if not isinstance(layer, nn.Linear):
-            raise TypeError(f"concept {concept.name!r}: {path!r} is {type(layer).__name__}")
-        if layer.weight.dtype not in FLOATS or not layer.weight.is_contiguous():
-            raise TypeError(
-                f"concept {concept.name!r}: {path!r} must have a contiguous fp32, bf16 or fp16 "
-                f"weight, got {layer.weight.dtype} with strides {layer.weight.stride()}"
-            )
-        shape = (adapter.A.shape[0], adapter.B.shape[1])
-        if layer.weight.shape != shape:
-            raise ValueError(
-                f"concept {concept.name!r}: {path!r} has a weight of shape "
-                f"{list(layer.weight.shape)}, the concept is for {list(shape)}"
-            )
-        for name in ("A", "B"):
-            if not torch.isfinite(getattr(adapter, name)).all():
-                raise ValueError(f"concept {concept.name!r}: {path}.{name} is not finite")
-    check_weights_in_use(model, concept.layers)
-    for path in concept.layers if verify_base else ():
-        if weight_digest(_base_weight(layer_at(model, path))) != concept.digests[path]:
-            raise ValueError(
-                f"concept {concept.name!r}: the weight of {path!r} is not the one that it was "
-                "learned on (wrong base digest)"
-            )
-
-
-def _check_tokens(pipe_or_module: Any, concepts: Sequence[ConceptState]) -> None:
-    seen: set[tuple[str, str]] = set()
-    for concept in concepts:
-        for component, tokens in concept.tokens.items():
-            if isinstance(pipe_or_module, nn.Module):
-                raise TypeError(
-                    f"concept {concept.name!r} brings the tokens {', '.join(tokens)}: "
-                    "pass the pipeline, not a module"
-                )
-            for token, vector in tokens.items():
-                check_new_token(pipe_or_module, component, token)
-                try:
-                    check_vector(pipe_or_module, component, token, vector)
-                except ValueError as error:
-                    raise ValueError(f"concept {concept.name!r}: {error}") from None
-                if (component, token) in seen:
-                    raise ValueError(f"two concepts bring the token {token!r}")
-                seen.add((component, token))
-
-
 def fold_concepts(
     pipe_or_module: Any,
     concepts: Sequence[ConceptState],
@@ -319,15 +263,15 @@ def fold_concepts(
     model = adapted_model(pipe_or_module)
     state = find_state(model) or ModelState()
     _require_enabled(state, "fold_concepts")
-    weights = [1.0] * len(concepts) if weights is None else weights
-    check_weights(weights, len(concepts))
+    check_concepts(concepts)
+    weights = finite_weights([1.0] * len(concepts) if weights is None else weights, len(concepts))
     names = state.names
     for concept in concepts:
         if concept.name in names:
             raise ValueError(f"a concept named {concept.name!r} is folded or live already")
         names.append(concept.name)
-        _check_layers(model, concept, verify_base)
-    _check_tokens(pipe_or_module, concepts)
+        check_layers(model, concept, verify_base)
+    check_tokens(pipe_or_module, concepts)
 
     before, folded = stacked(state), state.folded
     added = [FoldedConcept(c, w) for c, w in zip(concepts, weights, strict=True)]
@@ -380,12 +324,3 @@ def restore_concepts(
     state.folded = folded
     keep_state(model, state)
     hook_scale(model, state)
-
-
-def check_weights(weights: Sequence[float], count: int) -> None:
-    """Raise unless `weights` are `count` finite numbers."""
-    if len(weights) != count:
-        raise ValueError(f"weights must have one entry per concept ({count}), got {len(weights)}")
-    for weight in weights:
-        if not torch.isfinite(torch.tensor(float(weight))):
-            raise ValueError(f"weights must be finite, got {weight}")

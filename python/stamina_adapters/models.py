@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stamina_adapters.concept import ConceptState
 from stamina_adapters.config import StaminaConfig
-from stamina_adapters.linear import StaminaLinear
+from stamina_adapters.linear import WEIGHT_INIT, StaminaLinear
 
 _STATE = "_stamina_state"
 _DENOISERS = ("unet", "transformer")
@@ -134,6 +134,12 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
         return base_layer(model.get_submodule(path))
     except AttributeError:
         raise KeyError(f"the model has no module {path!r}") from None
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """The layer's weight before any concept."""
+    weight = layer._buffers.get(WEIGHT_INIT)
+    return layer.weight if weight is None else weight  # type: ignore[return-value]
 
 
 def stamina_layers(pipe_or_module: Any) -> dict[str, StaminaLinear]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the verbs over folded concepts refuse, and that they then change nothing."""
 
+import numpy as np
 import pytest
 import torch
 from stamina_adapters import (
@@ -113,3 +114,30 @@ def test_a_vector_too_large_for_the_table_is_refused(pipe, learn, snapshot, asse
     with pytest.raises(ValueError, match="'<v1>' must be of size 40 and finite in torch.float16"):
         fold_concepts(pipe, [concept])
     assert_same(before, snapshot(pipe))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda p, c: fold_concepts(p, c), "concepts must be .* got a ConceptState"),
+        (lambda p, c: fold_concepts(p, ["c0"]), "concepts must be .* got one with a str"),
+        (lambda p, c: fold_concepts(p, [c], np.float32(0.5)), "weights must be .*0.5"),
+        (lambda p, c: fold_concepts(p, [c], [None]), r"weights must be .*\[None\]"),
+        (lambda p, c: set_stamina_adapters(p, ["c1"], [10**400]), "weights must be a sequence of"),
+    ],
+)
+def test_what_is_no_concept_or_no_weight_is_named(pipe, learn, call, message):
+    learn(pipe, "c0")
+    concept = fold_stamina(pipe)
+    unload_stamina(pipe)
+    learn(pipe, "c1")
+    with pytest.raises(TypeError, match=message):
+        call(pipe, concept)
+    assert list(get_list_stamina(pipe)) == ["c1"]
+
+
+def test_any_real_number_is_a_weight(pipe, learn):
+    learn(pipe)
+    fold_stamina(pipe)
+    set_stamina_adapters(pipe, "c0", np.float32(0.5))
+    assert get_list_stamina(pipe)["c0"].weight == 0.5
