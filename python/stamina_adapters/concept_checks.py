@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from stamina_adapters.concept import ConceptState, weight_digest
-from stamina_adapters.guards import check_weights_in_use
+from stamina_adapters.guards import check_not_shared, check_weight, check_weights_in_use
 from stamina_adapters.models import base_weight, layer_at
 from stamina_adapters.tokens import check_new_token, check_vector
-from stamina_kernels.checks import FLOATS
 
 
 def check_concepts(concepts: Any) -> None:
@@ -47,11 +46,7 @@ def check_layers(model: nn.Module, concept: ConceptState, verify_base: bool) -> 
             raise ValueError(f"concept {concept.name!r}: {error.args[0]}") from None
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"concept {concept.name!r}: {path!r} is {type(layer).__name__}")
-        if layer.weight.dtype not in FLOATS or not layer.weight.is_contiguous():
-            raise TypeError(
-                f"concept {concept.name!r}: {path!r} must have a contiguous fp32, bf16 or fp16 "
-                f"weight, got {layer.weight.dtype} with strides {layer.weight.stride()}"
-            )
+        check_weight(f"concept {concept.name!r}: {path!r}", layer)
         shape = (adapter.A.shape[0], adapter.B.shape[1])
         if layer.weight.shape != shape:
             raise ValueError(
@@ -62,6 +57,7 @@ def check_layers(model: nn.Module, concept: ConceptState, verify_base: bool) -> 
             if not torch.isfinite(getattr(adapter, name)).all():
                 raise ValueError(f"concept {concept.name!r}: {path}.{name} is not finite")
     check_weights_in_use(model, concept.layers)
+    check_not_shared(model, concept.layers)
     for path in concept.layers if verify_base else ():
         if weight_digest(base_weight(layer_at(model, path))) != concept.digests[path]:
             raise ValueError(

@@ -141,6 +141,20 @@ def check_weights_in_use(model: nn.Module, paths: Iterable[str]) -> None:
         check_reachable(module, path)
 
 
+def check_weight(name: str, layer: nn.Linear) -> None:
+    """Raise TypeError where no fold can write the weight of `layer`; `name` says which it is."""
+    if "weight" not in layer._parameters:
+        raise TypeError(
+            f"{name} has a weight that is no Parameter (pruned, or under weight_norm or another "
+            "parametrization): it is made anew from others, make it permanent first"
+        )
+    if layer.weight.dtype not in FLOATS or not layer.weight.is_contiguous():
+        raise TypeError(
+            f"{name} must have a contiguous fp32, bf16 or fp16 weight, got "
+            f"{layer.weight.dtype} with strides {layer.weight.stride()}"
+        )
+
+
 def check_target(path: str, layer: nn.Module) -> None:
     """Raise where `layer` cannot take an adapter, saying which and why."""
     leaf = path.rpartition(".")[2]
@@ -156,11 +170,7 @@ def check_target(path: str, layer: nn.Module) -> None:
         raise TypeError(
             f"target {path!r} is {kind}, {detail}: only plain nn.Linear layers can be adapted"
         )
-    if layer.weight.dtype not in FLOATS or not layer.weight.is_contiguous():
-        raise TypeError(
-            f"target {path!r} must have a contiguous fp32, bf16 or fp16 weight, got "
-            f"{layer.weight.dtype} with strides {layer.weight.stride()}"
-        )
+    check_weight(f"target {path!r}", layer)
 
 
 def check_not_shared(model: nn.Module, paths: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What other code does to an adapted model either works as on a stock model or raises by name."""
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from stamina_adapters import (
     add_custom_token,
     apply_stamina,
     delete_stamina,
+    fold_concepts,
     fold_stamina,
     fuse_stamina,
     get_list_stamina,
@@ -20,9 +22,12 @@ from stamina_adapters import (
     save_stamina_weights,
     stamina_eval,
     stamina_statistics,
+    unload_stamina,
 )
 from stamina_adapters.linear import project_together
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.prune import l1_unstructured
 
 
 def first_layer(pipe, paths):
@@ -53,14 +58,23 @@ def test_casting_a_folded_model_is_no_change(pipe, learn):
         (lambda m: setattr(m[1], "weight", m[0].weight), r"target '0' shares its weight: 0, 1"),
         (lambda m: m.double(), "must have a contiguous fp32, bf16 or fp16 weight"),
         (lambda m: setattr(m[0].weight, "data", torch.randn(8, 8).t()), "strides"),
+        (lambda m: l1_unstructured(m[0], "weight", 0.5), "'0' has a weight that is no Parameter"),
+        (lambda m: weight_norm(m[0]), "no Parameter|'0' is ParametrizedLinear"),
     ],
 )
-def test_a_weight_that_cannot_be_folded_is_refused_at_once(change, message):
+def test_a_weight_that_cannot_be_folded_is_refused_at_once(learn, change, message):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    learn(model, target_modules=("0", "1"))
+    concept = fold_stamina(model)
+    unload_stamina(model)
     change(model)
+    kinds, before = [type(layer) for layer in model], copy.deepcopy(model.state_dict())
     with pytest.raises(TypeError, match=message):
         apply_stamina(model, StaminaConfig(r=2, target_modules=("0", "1")))
-    assert all(type(layer) is nn.Linear for layer in model)
+    with pytest.raises(TypeError, match=message):
+        fold_concepts(model, [concept], verify_base=False)
+    assert [type(layer) for layer in model] == kinds
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_outputs_may_be_changed_in_place():
