@@ -10,7 +10,7 @@ from torch import nn
 from stamina_adapters.concept import ConceptState
 from stamina_adapters.concept_checks import finite_weights
 from stamina_adapters.fold import detach_live, refold, stacked, sync_live
-from stamina_adapters.guards import check_weights_in_use, release_pipeline
+from stamina_adapters.guards import check_listed, check_weights_in_use, release_pipeline
 from stamina_adapters.models import (
     FoldedConcept,
     LiveAdapter,
@@ -174,10 +174,13 @@ def delete_stamina(pipe_or_module: Any, names: str | Sequence[str]) -> None:
 def unload_stamina(pipe_or_module: Any) -> None:
     """Take everything off: weights, module types, processors, tokenizer and table as before.
 
-    Raises RuntimeError where something else added tokens after ours or fused the projections.
+    Raises RuntimeError where something else added tokens after ours or fused the projections, or a
+    layer was adapted through another module.
     """
     model = adapted_model(pipe_or_module)
     state = find_state(model)
+    known = state or ModelState()
+    check_listed(model, known, stacked(known), dict(model.named_modules()))
     if state is not None and state.names:
         delete_stamina(pipe_or_module, state.names)
     drop_tokens(pipe_or_module)

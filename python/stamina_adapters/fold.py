@@ -19,7 +19,13 @@ from stamina_adapters.concept_checks import (
     check_tokens,
     finite_weights,
 )
-from stamina_adapters.guards import check_weights_in_use, hook_scale, release_live, release_pipeline
+from stamina_adapters.guards import (
+    check_listed,
+    check_weights_in_use,
+    hook_scale,
+    release_live,
+    release_pipeline,
+)
 from stamina_adapters.linear import WEIGHT_INIT
 from stamina_adapters.models import (
     FoldedConcept,
@@ -115,15 +121,16 @@ def refold(model: nn.Module, before: Sequence[FoldedConcept], state: ModelState)
     """Bring the weights from the stack `before` to what `state` now says.
 
     Layers that no concept uses any more lose their W_init. Raises RuntimeError where the weights
-    are not what `before` made them. When a result overflows the weights' dtype they are that again
-    and OverflowError is raised.
+    are not what `before` made them, or a layer was adapted through another module. When a result
+    overflows the weights' dtype they are that again and OverflowError is raised.
     """
     after = stacked(state)
     wanted = _paths(after)
     paths = _paths([*before, *after])
     check_weights_in_use(model, paths)
-    check_untouched(model, before)
     layers = {path: layer_at(model, path) for path in paths}
+    check_listed(model, state, before, layers)
+    check_untouched(model, before)
     fresh = [path for path, layer in layers.items() if WEIGHT_INIT not in layer._buffers]
     for path in fresh:
         weight = layers[path].weight.detach().clone()  # type: ignore[union-attr, operator]
@@ -257,8 +264,9 @@ def fold_concepts(
     from those the concept was learned on, such as a copy in another dtype.
 
     Raises ValueError or TypeError for a name in use, a missing or different layer, a wrong base
-    digest, a token in the vocabulary, a value that is not finite; OverflowError where a weight
-    leaves its dtype's range. Then nothing has been changed.
+    digest, a token in the vocabulary, a value that is not finite; RuntimeError where a layer was
+    adapted through another module; OverflowError where a weight leaves its dtype's range. Then
+    nothing has been changed.
     """
     model = adapted_model(pipe_or_module)
     state = find_state(model) or ModelState()
@@ -294,8 +302,9 @@ def restore_concepts(
     """Take up the concepts that a reloaded model's weights hold already, to learn further.
 
     `initial` is W_init by module path. The weights stay as they are. Raises RuntimeError where the
-    model knows concepts already, ValueError where W_init is not the one the concepts were learned
-    on or the weights are not the fold of exactly these concepts. Then nothing has been changed.
+    model knows concepts already or a layer was adapted through another module, ValueError where
+    W_init is not the one the concepts were learned on or the weights are not the fold of exactly
+    these concepts. Then nothing has been changed.
     """
     model = adapted_model(pipe_or_module)
     known = find_state(model)
@@ -303,9 +312,10 @@ def restore_concepts(
         raise RuntimeError(f"the model has the concepts {', '.join(known.names)} already")
     state = known or ModelState()
     folded = [FoldedConcept(c) for c in sorted(concepts, key=lambda c: (c.index, c.name))]
+    layers = {path: layer_at(model, path) for path in _paths(folded)}
+    check_listed(model, state, [], layers)
     found: dict[nn.Module, Tensor] = {}
-    for path in _paths(folded):
-        layer = layer_at(model, path)
+    for path, layer in layers.items():
         weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, operator, assignment]
         if path not in initial:
             raise ValueError(f"initial has no weight for {path!r}")

@@ -8,7 +8,15 @@ from typing import Any
 from torch import nn
 
 from stamina_adapters.hooks import has_foreign_forward
-from stamina_adapters.models import ModelState, base_layer, find_state, pipeline_models
+from stamina_adapters.linear import WEIGHT_INIT, StaminaLinear
+from stamina_adapters.models import (
+    FoldedConcept,
+    ModelState,
+    base_layer,
+    find_state,
+    layer_at,
+    pipeline_models,
+)
 from stamina_kernels.checks import FLOATS
 
 _FUSED_NAME = re.compile(r"(^|_)q?kv(_|$)|^query_key_value$")
@@ -139,6 +147,27 @@ def check_weights_in_use(model: nn.Module, paths: Iterable[str]) -> None:
                 )
             module = inner
         check_reachable(module, path)
+
+
+def check_listed(
+    model: nn.Module,
+    state: ModelState,
+    folded: Iterable[FoldedConcept],
+    layers: dict[str, nn.Module],
+) -> None:
+    """Raise where one of `layers` is adapted and neither `folded` nor the live adapter lists it:
+    another state does, and what it knows of would be folded over."""
+    with_init = {layer_at(model, path) for concept in folded for path in concept.state.layers}
+    live = set() if state.live is None else set(state.live.layers.values())
+    for path, layer in layers.items():
+        if (WEIGHT_INIT in layer._buffers and layer not in with_init) or (
+            isinstance(layer, StaminaLinear) and layer not in live
+        ):
+            raise RuntimeError(
+                f"{path!r} of the {type(model).__name__} was adapted through another module (a "
+                "part of it, what it is a part of, or a wrapper): use that one, or call "
+                "unload_stamina on it first"
+            )
 
 
 def check_weight(name: str, layer: nn.Linear) -> None:

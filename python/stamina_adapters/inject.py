@@ -14,6 +14,7 @@ from stamina_adapters.concept import check_name
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.fold import check_untouched, stacked
 from stamina_adapters.guards import (
+    check_listed,
     check_not_shared,
     check_target,
     check_weights_in_use,
@@ -106,8 +107,13 @@ def apply_stamina(
     `stamina_eval` says otherwise. One adapter is live at a time; earlier ones are folded.
 
     Raises ValueError where a target matches nothing or the name is taken, TypeError naming a
-    layer that is not a plain linear, RuntimeError where an adapter is live already or the
-    weights are fused, offloaded or merged. Then nothing has been changed.
+    layer that is not a plain linear, RuntimeError where an adapter is live already, a layer was
+    adapted through another module, or the weights are fused, offloaded or merged. Then nothing has
+    been changed.
+
+    Only what is given knows of the adapter. One on a part (`pipe.unet.mid_block`) is folded and
+    unloaded through that part: until then `save_pretrained` of the whole writes a model without it,
+    and the attention scale of a call does not reach it.
     """
     config = StaminaConfig() if config is None else config
     model = adapted_model(pipe_or_module)
@@ -116,6 +122,7 @@ def apply_stamina(
     if not state.enabled:
         raise RuntimeError("the folded concepts are disabled: call enable_stamina first")
     targets = find_targets(model, config.target_modules)
+    check_listed(model, state, stacked(state), targets)
     for path, layer in targets.items():
         check_target(path, layer)
     check_weights_in_use(model, targets)

@@ -56,12 +56,14 @@ class ModelState:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and data-parallel wrappers."""
+    """The module inside `torch.compile`, data-parallel and PEFT's whole-model wrappers."""
     while True:
         if hasattr(module, "_orig_mod"):
             module = module._orig_mod  # type: ignore[assignment]
         elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             module = module.module
+        elif hasattr(type(module), "get_base_model"):  # a PeftModel
+            module = module.get_base_model()  # type: ignore[operator]
         else:
             return module
 

@@ -8,13 +8,15 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from stamina_adapters import (
     StaminaLinear,
     add_custom_token,
     apply_stamina,
+    delete_stamina,
     fold_concepts,
     fold_stamina,
+    get_list_stamina,
     set_stamina_attn_processor,
     set_stamina_mask_mode,
     unload_stamina,
@@ -91,6 +93,30 @@ def test_lora_changes_no_mask(pipe, learn):
     add_lora(pipe)
     learn(pipe)
     assert pipe.unet.get_submodule(paths[0]).base_layer.adapter.layer_id == number
+
+
+def test_a_whole_model_in_a_peft_model_is_seen_through(pipe, learn, snapshot, assert_same):
+    pipe.unet.requires_grad_(False)  # as PEFT leaves it
+    before = snapshot(pipe)
+    paths = learn(pipe, "c0")
+    fold_stamina(pipe)
+    weight = pipe.unet.get_submodule(paths[0]).weight.clone()
+    learn(pipe, "c1")
+    number = pipe.unet.get_submodule(paths[0]).adapter.layer_id
+    delete_stamina(pipe, "c1")
+
+    wrapped = get_peft_model(pipe.unet, LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+    pipe.unet = wrapped
+    assert apply_stamina(wrapped, adapter_name="c1") == paths  # nothing learned: A is zero
+    layer = wrapped.get_base_model().get_submodule(paths[0]).base_layer
+    assert layer.adapter.layer_id == number
+    fold_stamina(pipe)
+    assert list(get_list_stamina(pipe)) == ["c0", "c1"]
+    assert torch.equal(layer.weight, weight)
+    learn(wrapped, "c2")
+    pipe.unet = wrapped.unload()
+    unload_stamina(pipe)
+    assert_same(before, snapshot(pipe))
 
 
 @pytest.mark.parametrize("processor", [False, True])

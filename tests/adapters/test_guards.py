@@ -12,6 +12,7 @@ from stamina_adapters import (
     StaminaLinear,
     add_custom_token,
     apply_stamina,
+    fold_concepts,
     fold_custom_token,
     fold_stamina,
     get_list_stamina,
@@ -113,6 +114,37 @@ def test_a_fused_lora_blocks_folding(pipe, learn, snapshot, assert_same):
     assert_same(before, snapshot(pipe))
     pipe.unet.unfuse_lora()
     fold_stamina(pipe)
+
+
+@pytest.mark.parametrize(
+    ("first", "finish", "verb"),
+    [
+        ("whole", fold_stamina, lambda whole, part, concept: apply_stamina(part)),
+        ("part", fold_stamina, lambda whole, part, concept: apply_stamina(whole)),
+        ("part", None, lambda whole, part, concept: apply_stamina(whole)),
+        ("part", fold_stamina, lambda whole, part, concept: fold_concepts(whole, [concept])),
+        ("part", None, lambda whole, part, concept: fold_concepts(whole, [concept])),
+        ("whole", None, lambda whole, part, concept: unload_stamina(part)),
+        ("part", None, lambda whole, part, concept: unload_stamina(whole)),
+        ("part", fold_stamina, lambda whole, part, concept: unload_stamina(whole)),
+    ],
+)
+def test_what_another_module_adapted_is_not_folded_over(
+    pipe, learn, snapshot, assert_same, first, finish, verb
+):
+    learn(pipe, "c1")
+    concept = fold_stamina(pipe)
+    unload_stamina(pipe)
+    modules = {"whole": pipe, "part": pipe.unet.mid_block}
+    learn(modules[first], "c0")
+    if finish:
+        finish(modules[first])
+    before = snapshot(pipe)
+    with pytest.raises(RuntimeError, match="attn2.to_k' of the .* adapted through another module"):
+        verb(*modules.values(), concept)
+    assert_same(before, snapshot(pipe))
+    unload_stamina(modules[first])
+    learn(pipe, "c2")
 
 
 def test_trainable_base_weights_raise(pipe, learn):
