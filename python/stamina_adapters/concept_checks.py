@@ -10,7 +10,7 @@ from torch import nn
 from stamina_adapters.concept import ConceptState, weight_digest
 from stamina_adapters.guards import check_not_shared, check_weight, check_weights_in_use
 from stamina_adapters.models import base_weight, layer_at
-from stamina_adapters.tokens import check_new_token, check_vector
+from stamina_adapters.vocabularies import check_new_token, check_vector
 
 
 def check_concepts(concepts: Any) -> None:

@@ -193,8 +193,8 @@ def fold_stamina(pipe_or_module: Any) -> ConceptState:
 
     On a pipeline its live tokens are folded too and belong to the concept. Returns what
     `save_stamina_weights` files. Raises RuntimeError where no adapter is live (so folding twice
-    does), ValueError for a value that is not finite, OverflowError where a weight leaves its
-    dtype's range. Then nothing has been changed.
+    does) or a live token's table or tokenizer was replaced, ValueError for a value that is not
+    finite, OverflowError where a weight leaves its dtype's range. Then nothing has been changed.
     """
     model = adapted_model(pipe_or_module)
     state, live = require_live(model, "fold_stamina")

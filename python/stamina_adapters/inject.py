@@ -157,7 +157,10 @@ def _require_layers(pipe_or_module: Any, action: str) -> dict[str, StaminaLinear
 
 
 def stamina_parameters(pipe_or_module: Any) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters: "factors" (A, B), "mask" (mask generators), "token" (custom tokens)."""
+    """Trainable parameters: "factors" (A, B), "mask" (mask generators), "token" (custom tokens).
+
+    Raises RuntimeError where something replaced the token table that a live token's module is in.
+    """
     layers = stamina_layers(pipe_or_module).values()
     return {
         "factors": [p for layer in layers for p in (layer.A, layer.B)],

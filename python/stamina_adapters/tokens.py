@@ -7,8 +7,8 @@ that gradients reach the module and the table never changes. Folding writes the 
 
 import copy
 import hashlib
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -25,97 +25,17 @@ from stamina_adapters.guards import (
 )
 from stamina_adapters.models import text_encoders, unwrap
 from stamina_adapters.token_modules import TokenEmbedding, TokenMLP, TokenVector
-
-_STATE = "_stamina_tokens"
-
-
-@dataclass(frozen=True)
-class TokenRecord:
-    """A custom token: `module` while it is live, the fp32 `vector` once it is folded.
-
-    `concept` is the folded concept that it belongs to, None before there is one.
-    """
-
-    token: str
-    module: nn.Module | None
-    vector: Tensor | None = None
-    concept: str | None = None
-
-
-@dataclass
-class TokenState:
-    """What is kept on a text encoder: its tokenizer and table size before the first token."""
-
-    tokenizer: Any
-    rows: int
-    replaced_rows: dict[int, Tensor] = field(default_factory=dict)
-    records: list[TokenRecord] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Vocabulary:
-    """A tokenizer and its text encoder in a pipeline."""
-
-    component: str
-    tokenizer: Any
-    encoder: Any
-
-    @property
-    def state(self) -> TokenState | None:
-        return self.encoder.__dict__.get(_STATE)
-
-    @property
-    def table(self) -> nn.Embedding:
-        return self.encoder.get_input_embeddings()
-
-
-def _vocabulary(pipe: Any, component: str) -> _Vocabulary:
-    encoder = getattr(pipe, component, None)
-    tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"), None)
-    if not isinstance(encoder, nn.Module) or tokenizer is None:
-        raise TypeError(f"{type(pipe).__name__} has no {component!r} with a tokenizer")
-    return _Vocabulary(component, tokenizer, unwrap(encoder))
-
-
-def _vocabularies(pipe: Any) -> Iterator[_Vocabulary]:
-    for component, _ in text_encoders(pipe):
-        yield _vocabulary(pipe, component)
-
-
-def check_new_token(pipe: Any, component: str, token: str) -> None:
-    """Raise where `token` cannot be added to the component's vocabulary."""
-    vocabulary = _vocabulary(pipe, component)
-    if not isinstance(token, str) or not token or any(c.isspace() for c in token):
-        raise ValueError(f"token must be a word without white space, got {token!r}")
-    tokenizer = vocabulary.tokenizer
-    ids = tokenizer.encode(token, add_special_tokens=False)
-    known = len(ids) == 1 and ids[0] != tokenizer.unk_token_id
-    if known or token in tokenizer.get_vocab():
-        raise ValueError(f"token {token!r} is already in the vocabulary of {component!r}")
-    table = vocabulary.table
-    if type(table) not in (nn.Embedding, TokenEmbedding):
-        raise TypeError(
-            f"the token table of {component!r} must be a plain nn.Embedding, "
-            f"got {type(table).__name__}"
-        )
-    check_reachable(table, component)
-    modules = vocabulary.encoder.named_modules()
-    owners = [n for n, m in modules if m._parameters.get("weight") is table.weight]
-    if len(owners) > 1:
-        raise TypeError(
-            f"the token table of {component!r} is read by several modules, {', '.join(owners)}: a "
-            "word that is put into one does not reach the others"
-        )
-
-
-def check_vector(pipe: Any, component: str, token: str, vector: Tensor) -> None:
-    """Raise ValueError where `vector` is no row of the component's table, finite in its dtype."""
-    table = _vocabulary(pipe, component).table.weight
-    if vector.shape != table.shape[1:] or not torch.isfinite(vector.to(table.dtype)).all():
-        raise ValueError(
-            f"the vector of token {token!r} must be of size {table.shape[1]} and finite in "
-            f"{table.dtype}, got {list(vector.shape)}"
-        )
+from stamina_adapters.vocabularies import (
+    TOKEN_STATE,
+    TokenRecord,
+    TokenState,
+    Vocabulary,
+    check_new_token,
+    check_numbers,
+    live_rows,
+    vocabularies,
+    vocabulary_of,
+)
 
 
 def _restore_tokenizer(tokenizer: Any, pristine: Any) -> None:
@@ -124,7 +44,7 @@ def _restore_tokenizer(tokenizer: Any, pristine: Any) -> None:
     tokenizer.__dict__.update(copy.deepcopy(pristine).__dict__)
 
 
-def _resize(vocabulary: _Vocabulary, rows: int) -> None:
+def _resize(vocabulary: Vocabulary, rows: int) -> None:
     # `resize_token_embeddings` draws from the user's random stream and leaves an attribute behind
     table = vocabulary.table
     old = table.weight.data
@@ -136,13 +56,13 @@ def _resize(vocabulary: _Vocabulary, rows: int) -> None:
 
 
 @torch.no_grad()
-def _enter(vocabulary: _Vocabulary, record: TokenRecord) -> None:
+def _enter(vocabulary: Vocabulary, record: TokenRecord) -> None:
     """Give a token its id, its row and, while live, its module."""
     tokenizer = vocabulary.tokenizer
     state = vocabulary.state
     if state is None:
         state = TokenState(copy.deepcopy(tokenizer), vocabulary.table.num_embeddings)
-        vocabulary.encoder.__dict__[_STATE] = state
+        vocabulary.encoder.__dict__[TOKEN_STATE] = state
     tokenizer.add_tokens(record.token)
     number = tokenizer.convert_tokens_to_ids(record.token)
     if number >= vocabulary.table.num_embeddings:
@@ -164,16 +84,16 @@ def _enter(vocabulary: _Vocabulary, record: TokenRecord) -> None:
     state.records.append(record)
 
 
-def _release(vocabulary: _Vocabulary) -> None:
+def _release(vocabulary: Vocabulary) -> None:
     if type(vocabulary.table) is TokenEmbedding and not vocabulary.table.live_ids:
         vocabulary.table.detach()
         allow(vocabulary.encoder, "save_pretrained")
 
 
-def _leaving(pipe: Any, dropped: Callable[[TokenRecord], bool]) -> list[_Vocabulary]:
+def _leaving(pipe: Any, dropped: Callable[[TokenRecord], bool]) -> list[Vocabulary]:
     """The vocabularies that have such tokens. Raises where one cannot give them up."""
     found = []
-    for vocabulary in _vocabularies(pipe):
+    for vocabulary in vocabularies(pipe):
         state = vocabulary.state
         if state is None or not any(dropped(record) for record in state.records):
             continue
@@ -189,7 +109,7 @@ def _leaving(pipe: Any, dropped: Callable[[TokenRecord], bool]) -> list[_Vocabul
 
 
 @torch.no_grad()
-def _leave(vocabulary: _Vocabulary, dropped: Callable[[TokenRecord], bool]) -> None:
+def _leave(vocabulary: Vocabulary, dropped: Callable[[TokenRecord], bool]) -> None:
     """Take tokens out: tokenizer and table as they were, then the kept tokens again."""
     state = cast(TokenState, vocabulary.state)
     kept = [record for record in state.records if not dropped(record)]
@@ -200,7 +120,7 @@ def _leave(vocabulary: _Vocabulary, dropped: Callable[[TokenRecord], bool]) -> N
     _resize(vocabulary, state.rows)
     for number, row in state.replaced_rows.items():
         vocabulary.table.weight.data[number] = row
-    del vocabulary.encoder.__dict__[_STATE]
+    del vocabulary.encoder.__dict__[TOKEN_STATE]
     for record in kept:
         _enter(vocabulary, record)
 
@@ -219,7 +139,7 @@ def add_custom_token(
     """
     config = TokenConfig() if config is None else config
     check_new_token(pipe, text_encoder, token)
-    vocabulary = _vocabulary(pipe, text_encoder)
+    vocabulary = vocabulary_of(pipe, text_encoder)
     table = vocabulary.table.weight.detach()
     norm = table.float().norm(dim=1).mean().item()
     digest = hashlib.sha256(f"{config.seed}/{token}".encode()).digest()
@@ -237,18 +157,24 @@ def add_custom_token(
 
 def enter_folded_tokens(pipe: Any, component: str, tokens: dict[str, Tensor], concept: str) -> None:
     """Add a finished concept's tokens, checked before by `check_new_token`."""
-    vocabulary = _vocabulary(pipe, component)
+    vocabulary = vocabulary_of(pipe, component)
     for token, vector in tokens.items():
         _enter(vocabulary, TokenRecord(token, None, vector, concept))
 
 
 def token_generators(pipe_or_module: Any) -> list[nn.Module]:
-    """The modules of all live tokens of a pipeline, or of a text encoder."""
+    """The modules of all live tokens of a pipeline, or of a text encoder.
+
+    Raises RuntimeError where one of them is no longer in its table.
+    """
     if isinstance(pipe_or_module, nn.Module):
-        roots = [unwrap(pipe_or_module)]
+        roots = [(type(pipe_or_module).__name__, unwrap(pipe_or_module))]
     else:
-        roots = [encoder for _, encoder in text_encoders(pipe_or_module)]
-    tables = [m for root in roots for m in root.modules() if isinstance(m, TokenEmbedding)]
+        roots = list(text_encoders(pipe_or_module))
+    for component, root in roots:
+        for module in root.modules():
+            live_rows(component, module)
+    tables = [m for _, root in roots for m in root.modules() if isinstance(m, TokenEmbedding)]
     return [module for table in tables for module in table.live]
 
 
@@ -257,11 +183,13 @@ def live_vectors(pipe_or_module: Any) -> Tokens:
     """Component -> {token: fp32 vector} of the tokens that belong to no finished concept yet.
 
     Empty for a plain module. Raises ValueError for a vector that is not finite in the table's
-    dtype.
+    dtype, RuntimeError where a live token's row could not be written: its module is not in the
+    table, or the tokenizer is not the one that the word was added to.
     """
     vectors: Tokens = {}
-    for vocabulary in _vocabularies(pipe_or_module):
+    for vocabulary in vocabularies(pipe_or_module):
         records = [] if vocabulary.state is None else vocabulary.state.records
+        check_numbers(vocabulary)
         for record in records:
             if record.concept is not None:
                 continue
@@ -278,7 +206,7 @@ def live_vectors(pipe_or_module: Any) -> Tokens:
 
 
 @torch.no_grad()
-def _fold(vocabulary: _Vocabulary, token: str, vector: Tensor, concept: str | None) -> None:
+def _fold(vocabulary: Vocabulary, token: str, vector: Tensor, concept: str | None) -> None:
     state = cast(TokenState, vocabulary.state)
     place = next(k for k, record in enumerate(state.records) if record.token == token)
     record = state.records[place]
@@ -295,7 +223,7 @@ def _fold(vocabulary: _Vocabulary, token: str, vector: Tensor, concept: str | No
 def fold_vectors(pipe: Any, vectors: Tokens, concept: str | None) -> None:
     """Write the vectors that `live_vectors` returned into the tables, for a finished concept."""
     for component, tokens in vectors.items():
-        vocabulary = _vocabulary(pipe, component)
+        vocabulary = vocabulary_of(pipe, component)
         for token, vector in tokens.items():
             _fold(vocabulary, token, vector, concept)
     release_pipeline(pipe)
@@ -309,7 +237,7 @@ def fold_custom_token(pipe: Any, token: str) -> None:
     """
     live = {
         vocabulary.component: record
-        for vocabulary in _vocabularies(pipe)
+        for vocabulary in vocabularies(pipe)
         if vocabulary.state is not None
         for record in vocabulary.state.records
         if record.token == token and record.module is not None
@@ -326,7 +254,7 @@ def remove_custom_token(pipe: Any, token: str) -> None:
     Later custom tokens move down by one. Raises ValueError for a token that `add_custom_token` or a
     concept file did not bring, RuntimeError where something else added tokens after it.
     """
-    known = [v.state.records for v in _vocabularies(pipe) if v.state is not None]
+    known = [v.state.records for v in vocabularies(pipe) if v.state is not None]
     if not any(record.token == token for records in known for record in records):
         raise ValueError(f"token {token!r} is not a custom token of this pipeline")
     _take_out(pipe, lambda record: record.token == token)

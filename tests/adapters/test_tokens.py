@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Custom tokens: vocabulary, table, gradients, folding, removal."""
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig
 from stamina_adapters import (
     TokenConfig,
     add_custom_token,
@@ -136,6 +139,55 @@ def test_not_finite_vectors_change_nothing(pipe, learn, snapshot, assert_same):
         with pytest.raises(ValueError, match="vector of token '<v1>' is not finite"):
             fold()
         assert_same(before, snapshot(pipe))
+
+
+def replace_the_table(pipe, words):
+    pipe.text_encoder.set_input_embeddings(nn.Embedding.from_pretrained(table(pipe).weight.data))
+
+
+def take_a_tokenizer_without_the_word(pipe, words):
+    pipe.tokenizer = words
+
+
+def take_a_tokenizer_with_another_number(pipe, words):
+    pipe.tokenizer = words
+    words.add_tokens(["<other>", "<v1>"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace_the_table, "table of '.*' was replaced .* the live token '<v1>'"),
+        (take_a_tokenizer_without_the_word, "'<v1>' has the id None .* 'text_encoder', not 514"),
+        (take_a_tokenizer_with_another_number, "'<v1>' has the id 515 .* 'text_encoder', not 514"),
+    ],
+)
+def test_what_cannot_be_written_into_its_row_folds_nothing(
+    pipe, learn, snapshot, assert_same, change, message
+):
+    words = copy.deepcopy(pipe.tokenizer)
+    learn(pipe)
+    add_custom_token(pipe, "<v1>")
+    change(pipe, words)
+    before = snapshot(pipe)
+    calls = [fold_stamina, lambda p: fold_custom_token(p, "<v1>")]
+    if change is replace_the_table:
+        calls += [stamina_parameters, lambda p: stamina_parameters(p.text_encoder)]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=message):
+            call(pipe)
+        assert_same(before, snapshot(pipe))
+
+
+def test_a_table_under_a_lora_is_folded_into(pipe, learn):
+    learn(pipe)
+    module = add_custom_token(pipe, "<v1>")
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["token_embedding"]))
+    live = encode(pipe, "a <v1>")
+    assert list(fold_stamina(pipe).tokens["text_encoder"]) == ["<v1>"]
+    assert type(table(pipe).base_layer) is nn.Embedding
+    assert torch.equal(table(pipe).base_layer.weight[-1], module())
+    assert torch.equal(encode(pipe, "a <v1>"), live)
 
 
 def test_other_errors(pipe):

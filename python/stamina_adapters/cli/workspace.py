@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from stamina_adapters.files import write_beside
-from stamina_adapters.tokens import check_new_token
 from stamina_adapters.training.config import ConceptSpec, placeholders
 from stamina_adapters.training.errors import InputError
+from stamina_adapters.vocabularies import check_new_token
 from stamina_kernels.dispatch import resolve
 
 MODEL = "--pretrained_model_name_or_path"

@@ -29,10 +29,10 @@ from stamina_adapters.files import concept_from_bytes, concept_to_bytes
 from stamina_adapters.fold import restore_concepts
 from stamina_adapters.linear import WEIGHT_INIT, changes_together
 from stamina_adapters.models import adapted_model, find_state, layer_at
-from stamina_adapters.tokens import check_new_token
 from stamina_adapters.training.config import METHOD_FIELDS, ConceptSpec, TrainingConfig
 from stamina_adapters.training.penalties import DensityHinge
 from stamina_adapters.training.preservation import Preservation
+from stamina_adapters.vocabularies import check_new_token
 
 INITIAL = "initial/"
 _CONCEPT = "concept/"
