@@ -20,17 +20,21 @@ from stamina_adapters.models import (
 from stamina_kernels.checks import FLOATS
 
 _FUSED_NAME = re.compile(r"(^|_)q?kv(_|$)|^query_key_value$")
+_PIPELINE_METHODS = ("save_pretrained", "fuse_qkv_projections")
 _SCALE_CARRIERS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 class Refusal:
-    """Stands in for a method of an object and raises RuntimeError when it is called."""
+    """Stands in for a method of an object and raises RuntimeError when it is called.
 
-    def __init__(self, message: str) -> None:
-        self.message = message
+    `messages` say why, by what refuses: an adapter and several tokens may do so at once.
+    """
+
+    def __init__(self) -> None:
+        self.messages: dict[str, str] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(self.message)
+        raise RuntimeError("; ".join(self.messages.values()))
 
 
 class PipelineRefusal:
@@ -47,16 +51,21 @@ class PipelineRefusal:
         return getattr(type(self.pipe), self.method)(self.pipe, *args, **kwargs)
 
 
-def refuse(owner: Any, method: str, message: str) -> None:
-    """Make `owner.method(...)` raise until `allow` is called; nothing where it has none."""
+def refuse(owner: Any, method: str, reason: str, message: str) -> None:
+    """Make `owner.method(...)` raise until `allow` drops the reason; nothing where it has none."""
     if callable(getattr(owner, method, None)):
-        owner.__dict__[method] = Refusal(message)
+        refusal = owner.__dict__.get(method)
+        if not isinstance(refusal, Refusal):
+            refusal = owner.__dict__[method] = Refusal()
+        refusal.messages[reason] = message
 
 
-def allow(owner: Any, *methods: str) -> None:
-    """Undo `refuse` and `guard_pipeline`."""
-    for method in methods:
-        if isinstance(owner.__dict__.get(method), Refusal | PipelineRefusal):
+def allow(owner: Any, method: str, reason: str) -> None:
+    """Undo `refuse` for this reason; the method is back once no other is left."""
+    refusal = owner.__dict__.get(method)
+    if isinstance(refusal, Refusal):
+        refusal.messages.pop(reason, None)
+        if not refusal.messages:
             del owner.__dict__[method]
 
 
@@ -68,7 +77,7 @@ def guard_pipeline(pipe: Any) -> None:
     """
     if isinstance(pipe, nn.Module):
         return
-    for method in ("save_pretrained", "fuse_qkv_projections"):
+    for method in _PIPELINE_METHODS:
         if hasattr(type(pipe), method):
             pipe.__dict__[method] = PipelineRefusal(pipe, method)
 
@@ -78,7 +87,8 @@ def release_pipeline(pipe: Any) -> None:
     if isinstance(pipe, nn.Module):
         return
     if not any(isinstance(v, Refusal) for m in pipeline_models(pipe) for v in vars(m).values()):
-        allow(pipe, "save_pretrained", "fuse_qkv_projections")
+        for method in _PIPELINE_METHODS:
+            pipe.__dict__.pop(method, None)
 
 
 def _parents(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
@@ -91,6 +101,7 @@ def guard_live(model: nn.Module, name: str, paths: Iterable[str]) -> None:
     refuse(
         model,
         "save_pretrained",
+        "adapter",
         f"save_pretrained would lose the unfolded adapter {name!r}: call fold_stamina (or "
         "unload_stamina) first",
     )
@@ -98,16 +109,17 @@ def guard_live(model: nn.Module, name: str, paths: Iterable[str]) -> None:
         f"fusing projections would drop the adapter {name!r}, which lives on them: call "
         "fold_stamina (or unload_stamina) first"
     )
-    refuse(model, "fuse_qkv_projections", message)
+    refuse(model, "fuse_qkv_projections", "adapter", message)
     for parent in _parents(model, paths).values():
-        refuse(parent, "fuse_projections", message)
+        refuse(parent, "fuse_projections", "adapter", message)
 
 
 def release_live(model: nn.Module, paths: Iterable[str]) -> None:
     """Undo `guard_live`."""
-    allow(model, "save_pretrained", "fuse_qkv_projections")
+    for method in ("save_pretrained", "fuse_qkv_projections"):
+        allow(model, method, "adapter")
     for parent in _parents(model, paths).values():
-        allow(parent, "fuse_projections")
+        allow(parent, "fuse_projections", "adapter")
 
 
 def _projections_are_fused(attention: nn.Module) -> bool:

@@ -112,8 +112,9 @@ def apply_stamina(
     been changed.
 
     Only what is given knows of the adapter. One on a part (`pipe.unet.mid_block`) is folded and
-    unloaded through that part: until then `save_pretrained` of the whole writes a model without it,
-    and the attention scale of a call does not reach it.
+    unloaded through that part: until then `save_pretrained` of the whole writes a model without it.
+    The attention scale of a pipeline's call is the denoiser's: for adapters on a part or on a text
+    encoder it is neither honoured nor refused, `set_stamina_adapters` sets their weight.
     """
     config = StaminaConfig() if config is None else config
     model = adapted_model(pipe_or_module)

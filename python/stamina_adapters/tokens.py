@@ -55,6 +55,15 @@ def _resize(vocabulary: Vocabulary, rows: int) -> None:
     vocabulary.encoder.config.get_text_config().vocab_size = rows
 
 
+def _refuse_saving(vocabulary: Vocabulary, token: str) -> None:
+    message = "save_pretrained would lose the unfolded token {!r}: call fold_custom_token first"
+    refuse(vocabulary.encoder, "save_pretrained", f"token {token}", message.format(token))
+
+
+def _allow_saving(vocabulary: Vocabulary, token: str) -> None:
+    allow(vocabulary.encoder, "save_pretrained", f"token {token}")
+
+
 @torch.no_grad()
 def _enter(vocabulary: Vocabulary, record: TokenRecord) -> None:
     """Give a token its id, its row and, while live, its module."""
@@ -77,8 +86,7 @@ def _enter(vocabulary: Vocabulary, record: TokenRecord) -> None:
         table.live.append(record.module)
         table.live_ids.append(number)
         row.copy_(record.module())
-        message = "save_pretrained would lose the unfolded token {!r}: call fold_custom_token first"
-        refuse(vocabulary.encoder, "save_pretrained", message.format(record.token))
+        _refuse_saving(vocabulary, record.token)
     else:
         row.copy_(cast(Tensor, record.vector))
     state.records.append(record)
@@ -87,7 +95,6 @@ def _enter(vocabulary: Vocabulary, record: TokenRecord) -> None:
 def _release(vocabulary: Vocabulary) -> None:
     if type(vocabulary.table) is TokenEmbedding and not vocabulary.table.live_ids:
         vocabulary.table.detach()
-        allow(vocabulary.encoder, "save_pretrained")
 
 
 def _leaving(pipe: Any, dropped: Callable[[TokenRecord], bool]) -> list[Vocabulary]:
@@ -116,7 +123,8 @@ def _leave(vocabulary: Vocabulary, dropped: Callable[[TokenRecord], bool]) -> No
     _restore_tokenizer(vocabulary.tokenizer, state.tokenizer)
     if isinstance(vocabulary.table, TokenEmbedding):
         vocabulary.table.detach()
-    allow(vocabulary.encoder, "save_pretrained")
+    for record in state.records:
+        _allow_saving(vocabulary, record.token)
     _resize(vocabulary, state.rows)
     for number, row in state.replaced_rows.items():
         vocabulary.table.weight.data[number] = row
@@ -216,6 +224,7 @@ def _fold(vocabulary: Vocabulary, token: str, vector: Tensor, concept: str | Non
         table.weight.data[number] = vector.to(table.weight)
         at = table.live_ids.index(number)
         del table.live_ids[at], table.live[at]
+        _allow_saving(vocabulary, token)
     state.records[place] = replace(record, module=None, vector=vector, concept=concept)
     _release(vocabulary)
 

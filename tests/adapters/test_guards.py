@@ -16,6 +16,7 @@ from stamina_adapters import (
     fold_custom_token,
     fold_stamina,
     get_list_stamina,
+    remove_custom_token,
     set_stamina_adapters,
     unfold_stamina,
     unload_stamina,
@@ -42,6 +43,28 @@ def test_save_pretrained_with_an_unfolded_token(pipe, tmp_path, part):
     assert not list(tmp_path.iterdir())
     fold_custom_token(pipe, "<v1>")
     owner.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("first", ["adapter", "<v1>", "<v2>"])
+@pytest.mark.parametrize("owner", ["pipe", "text_encoder"])
+def test_saving_is_refused_until_nothing_would_be_lost(pipe, learn, tmp_path, first, owner):
+    saved = pipe if owner == "pipe" else pipe.text_encoder
+    add_custom_token(pipe, "<v1>")
+    learn(pipe.text_encoder, "adapter", target_modules=("q_proj",))
+    add_custom_token(pipe, "<v2>")
+    finish = {
+        "adapter": lambda: fold_stamina(pipe.text_encoder),
+        "<v1>": lambda: fold_custom_token(pipe, "<v1>"),
+        "<v2>": lambda: remove_custom_token(pipe, "<v2>"),
+    }
+    unfinished = sorted(finish, key=lambda name: name != first)
+    while unfinished:
+        with pytest.raises(RuntimeError, match="save_pretrained would lose") as refused:
+            saved.save_pretrained(tmp_path / "out")
+        assert {name for name in finish if repr(name) in str(refused.value)} == {*unfinished}
+        finish[unfinished.pop(0)]()
+    assert not list(tmp_path.iterdir())
+    saved.save_pretrained(tmp_path / "out")
 
 
 def test_stock_diffusers_reloads_a_folded_pipeline(pipe, learn, render, tmp_path):
