@@ -181,6 +181,7 @@ def unload_stamina(pipe_or_module: Any) -> None:
     state = find_state(model)
     known = state or ModelState()
     check_listed(model, known, stacked(known), dict(model.named_modules()))
+    check_droppable(pipe_or_module)
     if state is not None and state.names:
         delete_stamina(pipe_or_module, state.names)
     drop_tokens(pipe_or_module)

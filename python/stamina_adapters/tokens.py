@@ -32,6 +32,7 @@ from stamina_adapters.vocabularies import (
     Vocabulary,
     check_new_token,
     check_numbers,
+    check_words,
     live_rows,
     vocabularies,
     vocabulary_of,
@@ -104,12 +105,7 @@ def _leaving(pipe: Any, dropped: Callable[[TokenRecord], bool]) -> list[Vocabula
         state = vocabulary.state
         if state is None or not any(dropped(record) for record in state.records):
             continue
-        expected = len(state.tokenizer) + len(state.records)
-        if len(vocabulary.tokenizer) != expected:
-            raise RuntimeError(
-                f"{vocabulary.component!r} has {len(vocabulary.tokenizer)} tokens, not {expected}: "
-                "something else added tokens; remove those first"
-            )
+        check_words(vocabulary)
         check_reachable(vocabulary.table, vocabulary.component)
         found.append(vocabulary)
     return found
@@ -261,7 +257,8 @@ def remove_custom_token(pipe: Any, token: str) -> None:
     """Take a custom token out: tokenizer and table become what they were without it.
 
     Later custom tokens move down by one. Raises ValueError for a token that `add_custom_token` or a
-    concept file did not bring, RuntimeError where something else added tokens after it.
+    concept file did not bring, RuntimeError where something else added tokens after it or took
+    some out.
     """
     known = [v.state.records for v in vocabularies(pipe) if v.state is not None]
     if not any(record.token == token for records in known for record in records):
@@ -279,7 +276,7 @@ def _of(concepts: Collection[str | None] | None) -> Callable[[TokenRecord], bool
     return lambda record: concepts is None or record.concept in concepts
 
 
-def check_droppable(pipe_or_module: Any, concepts: Collection[str | None]) -> None:
+def check_droppable(pipe_or_module: Any, concepts: Collection[str | None] | None = None) -> None:
     """Raise where `drop_tokens` would."""
     if not isinstance(pipe_or_module, nn.Module):
         _leaving(pipe_or_module, _of(concepts))

@@ -2,6 +2,7 @@
 """A pipeline's vocabularies: tokenizers, token tables, the custom tokens kept beside them, and the
 checks before any of it changes."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -142,3 +143,20 @@ def check_numbers(vocabulary: Vocabulary) -> None:
                 f"{vocabulary.component!r}, not {row}: pass the pipeline that it was added to, "
                 "with its own tokenizer"
             )
+
+
+def check_words(vocabulary: Vocabulary) -> None:
+    """Raise RuntimeError unless the words, and their numbers, are those from before the custom
+    tokens and these tokens: to take one out goes back to what was before."""
+    state = cast(TokenState, vocabulary.state)
+    expected = copy.deepcopy(state.tokenizer)
+    for record in state.records:
+        expected.add_tokens(record.token)
+    differing = expected.get_vocab().items() ^ vocabulary.tokenizer.get_vocab().items()
+    if differing:
+        words = sorted({word for word, _ in differing})
+        raise RuntimeError(
+            f"{vocabulary.component!r} has other words or other numbers for {', '.join(words[:9])}"
+            f"{' ...' if len(words) > 9 else ''}: something else added tokens or took some out; "
+            "undo that first"
+        )

@@ -195,10 +195,33 @@ def test_other_errors(pipe):
         add_custom_token(pipe, "<v1>", text_encoder="text_encoder_2")
     with pytest.raises(ValueError, match="'<v1>' is not a custom token"):
         remove_custom_token(pipe, "<v1>")
-    add_custom_token(pipe, "<v1>")
+
+
+def add_a_word(pipe):
     pipe.tokenizer.add_tokens("<theirs>")
-    with pytest.raises(RuntimeError, match="something else added tokens"):
-        remove_custom_token(pipe, "<v1>")
+
+
+def swap_a_word(pipe):
+    pipe.unload_textual_inversion("<before>")
+    pipe.load_textual_inversion({"<theirs>": torch.ones(40)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(add_a_word, "<theirs>"), (swap_a_word, "<before>, <theirs>, <v1>")]
+)
+def test_words_of_others_are_never_taken_out(pipe, learn, snapshot, assert_same, change, words):
+    learn(pipe)
+    fold_stamina(pipe)
+    pipe.load_textual_inversion({"<before>": torch.ones(40)})
+    add_custom_token(pipe, "<v1>")
+    fold_custom_token(pipe, "<v1>")
+    change(pipe)
+    before = snapshot(pipe)
+    for call in (lambda: remove_custom_token(pipe, "<v1>"), lambda: unload_stamina(pipe)):
+        message = f"'text_encoder' has .* for {words}: something else added tokens or took some out"
+        with pytest.raises(RuntimeError, match=message):
+            call()
+        assert_same(before, snapshot(pipe))
 
 
 def test_a_table_that_several_modules_read_takes_no_token(pipe):
