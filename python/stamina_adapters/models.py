@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding things in models: the adapted component, its linears, and the state kept on it."""
 
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from stamina_adapters.config import StaminaConfig
 from stamina_adapters.linear import WEIGHT_INIT, StaminaLinear
 
 _STATE = "_stamina_state"
-_DENOISERS = ("unet", "transformer")
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# as in diffusers' pipelines: transformer_2, image_unet; text_encoder_4, prior_text_encoder
+_DENOISER = re.compile(r"([a-z]\w*_)?(unet|transformer)(_\d+)?")
+_TEXT_ENCODER = re.compile(r"([a-z]\w*_)?text_encoder(_\w+)?")
 
 
 @dataclass
@@ -68,34 +69,43 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-def _components(pipe: Any, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    for name in names:
-        component = getattr(pipe, name, None)
-        if isinstance(component, nn.Module):
-            yield name, unwrap(component)
+def _components(pipe: Any, names: re.Pattern[str]) -> dict[str, nn.Module]:
+    found = {name: getattr(pipe, name, None) for name in dir(pipe) if names.fullmatch(name)}
+    return {name: unwrap(m) for name, m in found.items() if isinstance(m, nn.Module)}
 
 
 def adapted_model(pipe_or_module: Any) -> nn.Module:
-    """The model that adapters live in: the module itself, or a pipeline's denoiser."""
+    """The model that adapters live in: the module itself, or a pipeline's denoiser.
+
+    Raises TypeError for anything else, a pipeline with several denoisers included.
+    """
     if isinstance(pipe_or_module, nn.Module):
         return unwrap(pipe_or_module)
-    for _, denoiser in _components(pipe_or_module, _DENOISERS):
-        return denoiser
+    denoisers = _components(pipe_or_module, _DENOISER)
+    if len(denoisers) == 1:
+        return next(iter(denoisers.values()))
+    given = type(pipe_or_module).__name__
+    if denoisers:
+        raise TypeError(
+            f"pipe_or_module: {given} has several denoisers, {', '.join(denoisers)}: pass the "
+            "module that is meant"
+        )
     raise TypeError(
-        "pipe_or_module must be an nn.Module or a pipeline with a "
-        f"{' or a '.join(_DENOISERS)}, got {type(pipe_or_module).__name__}"
+        "pipe_or_module must be an nn.Module or a pipeline with a unet or a transformer, "
+        f"got {given}"
     )
 
 
-def text_encoders(pipe_or_module: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(component name, text encoder) of a pipeline; none for a plain module."""
-    if not isinstance(pipe_or_module, nn.Module):
-        yield from _components(pipe_or_module, _TEXT_ENCODERS)
+def text_encoders(pipe_or_module: Any) -> dict[str, nn.Module]:
+    """Component name -> text encoder of a pipeline; none for a plain module."""
+    if isinstance(pipe_or_module, nn.Module):
+        return {}
+    return _components(pipe_or_module, _TEXT_ENCODER)
 
 
 def pipeline_models(pipe: Any) -> list[nn.Module]:
     """The models of a pipeline that this library changes: denoiser and text encoders."""
-    return [model for _, model in _components(pipe, _DENOISERS + _TEXT_ENCODERS)]
+    return [*_components(pipe, _DENOISER).values(), *_components(pipe, _TEXT_ENCODER).values()]
 
 
 def find_state(model: nn.Module) -> ModelState | None:

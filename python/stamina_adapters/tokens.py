@@ -102,12 +102,10 @@ def _leaving(pipe: Any, dropped: Callable[[TokenRecord], bool]) -> list[Vocabula
     """The vocabularies that have such tokens. Raises where one cannot give them up."""
     found = []
     for vocabulary in vocabularies(pipe):
-        state = vocabulary.state
-        if state is None or not any(dropped(record) for record in state.records):
-            continue
-        check_words(vocabulary)
-        check_reachable(vocabulary.table, vocabulary.component)
-        found.append(vocabulary)
+        if any(dropped(record) for record in vocabulary.records):
+            check_words(vocabulary)
+            check_reachable(vocabulary.table, vocabulary.component)
+            found.append(vocabulary)
     return found
 
 
@@ -139,7 +137,8 @@ def add_custom_token(
     direction with the mean norm of the table's rows. Existing rows keep their bits. A pipeline
     with several text encoders needs one call for each (`text_encoder="text_encoder_2"`).
 
-    Raises ValueError where the token is in the vocabulary already or holds white space.
+    Raises ValueError where the token is in the vocabulary already or holds white space, TypeError
+    where the pipeline has no such text encoder with a tokenizer.
     """
     config = TokenConfig() if config is None else config
     check_new_token(pipe, text_encoder, token)
@@ -172,13 +171,13 @@ def token_generators(pipe_or_module: Any) -> list[nn.Module]:
     Raises RuntimeError where one of them is no longer in its table.
     """
     if isinstance(pipe_or_module, nn.Module):
-        roots = [(type(pipe_or_module).__name__, unwrap(pipe_or_module))]
+        roots = {type(pipe_or_module).__name__: unwrap(pipe_or_module)}
     else:
-        roots = list(text_encoders(pipe_or_module))
-    for component, root in roots:
+        roots = text_encoders(pipe_or_module)
+    for component, root in roots.items():
         for module in root.modules():
             live_rows(component, module)
-    tables = [m for _, root in roots for m in root.modules() if isinstance(m, TokenEmbedding)]
+    tables = [m for root in roots.values() for m in root.modules() if isinstance(m, TokenEmbedding)]
     return [module for table in tables for module in table.live]
 
 
@@ -192,9 +191,8 @@ def live_vectors(pipe_or_module: Any) -> Tokens:
     """
     vectors: Tokens = {}
     for vocabulary in vocabularies(pipe_or_module):
-        records = [] if vocabulary.state is None else vocabulary.state.records
         check_numbers(vocabulary)
-        for record in records:
+        for record in vocabulary.records:
             if record.concept is not None:
                 continue
             check_reachable(vocabulary.table, vocabulary.component)
@@ -243,8 +241,7 @@ def fold_custom_token(pipe: Any, token: str) -> None:
     live = {
         vocabulary.component: record
         for vocabulary in vocabularies(pipe)
-        if vocabulary.state is not None
-        for record in vocabulary.state.records
+        for record in vocabulary.records
         if record.token == token and record.module is not None
     }
     if not live:
@@ -260,8 +257,8 @@ def remove_custom_token(pipe: Any, token: str) -> None:
     concept file did not bring, RuntimeError where something else added tokens after it or took
     some out.
     """
-    known = [v.state.records for v in vocabularies(pipe) if v.state is not None]
-    if not any(record.token == token for records in known for record in records):
+    known = [record for vocabulary in vocabularies(pipe) for record in vocabulary.records]
+    if not any(record.token == token for record in known):
         raise ValueError(f"token {token!r} is not a custom token of this pipeline")
     _take_out(pipe, lambda record: record.token == token)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stamina_adapters.guards import check_reachable
-from stamina_adapters.models import base_layer, text_encoders, unwrap
+from stamina_adapters.models import base_layer, text_encoders
 from stamina_adapters.token_modules import TokenEmbedding
 
 TOKEN_STATE = "_stamina_tokens"
@@ -53,6 +53,10 @@ class Vocabulary:
         return self.encoder.__dict__.get(TOKEN_STATE)
 
     @property
+    def records(self) -> list[TokenRecord]:
+        return [] if self.state is None else self.state.records
+
+    @property
     def table(self) -> nn.Embedding:
         return _table(self.encoder)
 
@@ -64,17 +68,18 @@ def _table(encoder: Any) -> nn.Embedding:
 
 def vocabulary_of(pipe: Any, component: str) -> Vocabulary:
     """The vocabulary of a pipeline's text encoder; TypeError where there is none."""
-    encoder = getattr(pipe, component, None)
+    encoder = text_encoders(pipe).get(component)
     tokenizer = getattr(pipe, component.replace("text_encoder", "tokenizer"), None)
-    if not isinstance(encoder, nn.Module) or tokenizer is None:
+    if encoder is None or tokenizer is None:
         raise TypeError(f"{type(pipe).__name__} has no {component!r} with a tokenizer")
-    return Vocabulary(component, tokenizer, unwrap(encoder))
+    return Vocabulary(component, tokenizer, encoder)
 
 
 def vocabularies(pipe: Any) -> Iterator[Vocabulary]:
-    """Those of all text encoders of a pipeline; none for a plain module."""
-    for component, _ in text_encoders(pipe):
-        yield vocabulary_of(pipe, component)
+    """Those of a pipeline that custom tokens were added to; none for a plain module."""
+    for component, encoder in text_encoders(pipe).items():
+        if TOKEN_STATE in encoder.__dict__:
+            yield vocabulary_of(pipe, component)
 
 
 def check_new_token(pipe: Any, component: str, token: str) -> None:

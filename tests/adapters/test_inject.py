@@ -125,6 +125,15 @@ def test_not_a_model():
         apply_stamina(object())
 
 
+def test_a_pipeline_with_several_denoisers_is_not_half_adapted(pipe):
+    pipe.transformer_2 = nn.ModuleDict({"to_k": nn.Linear(4, 4)})
+    with pytest.raises(TypeError, match="several denoisers, transformer_2, unet: pass the module"):
+        apply_stamina(pipe)
+    assert apply_stamina(pipe.transformer_2, StaminaConfig(target_modules=("to_k",)))
+    pipe.unet = None
+    assert stamina_parameters(pipe)["factors"]
+
+
 def test_parameters_are_all_of_them_and_fp32(pipe):
     pipe.unet.requires_grad_(False)
     pipe.to(torch.bfloat16)

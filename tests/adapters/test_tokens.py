@@ -191,8 +191,9 @@ def test_a_table_under_a_lora_is_folded_into(pipe, learn):
 
 
 def test_other_errors(pipe):
-    with pytest.raises(TypeError, match="no 'text_encoder_2' with a tokenizer"):
-        add_custom_token(pipe, "<v1>", text_encoder="text_encoder_2")
+    for name in ("text_encoder_2", "unet"):
+        with pytest.raises(TypeError, match=f"no '{name}' with a tokenizer"):
+            add_custom_token(pipe, "<v1>", text_encoder=name)
     with pytest.raises(ValueError, match="'<v1>' is not a custom token"):
         remove_custom_token(pipe, "<v1>")
 
@@ -244,3 +245,24 @@ def test_a_word_leaves_every_vocabulary_or_none(pipe, stock_pipe, pipe_of):
     with pytest.raises(RuntimeError, match="'text_encoder_2' has .* something else added tokens"):
         remove_custom_token(pipe, "<v1>")
     assert "<v1>" in pipe.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("name", ["text_encoder_4", "prior_text_encoder"])
+def test_every_text_encoder_is_found_by_all_verbs(pipe, stock_pipe, pipe_of, learn, name):
+    other = pipe_of(stock_pipe)
+    setattr(pipe, name, other.text_encoder)
+    setattr(pipe, name.replace("text_encoder", "tokenizer"), other.tokenizer)
+    words = other.tokenizer.get_vocab()
+    learn(pipe)
+    add_custom_token(pipe, "<v1>", text_encoder=name)
+    assert stamina_parameters(pipe)["token"]
+    assert list(fold_stamina(pipe).tokens) == [name]
+    unload_stamina(pipe)
+    assert other.tokenizer.get_vocab() == words
+
+
+def test_a_text_encoder_without_a_tokenizer_is_in_nobodys_way(pipe, learn):
+    pipe.tokenizer = None
+    learn(pipe)
+    assert not fold_stamina(pipe).tokens
+    unload_stamina(pipe)
