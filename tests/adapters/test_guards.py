@@ -21,6 +21,7 @@ from stamina_adapters import (
     unfold_stamina,
     unload_stamina,
 )
+from stamina_adapters.fold import restore_concepts
 
 
 @pytest.mark.parametrize("part", ["pipe", "unet"])
@@ -147,6 +148,7 @@ def test_a_fused_lora_blocks_folding(pipe, learn, snapshot, assert_same):
         ("part", None, lambda whole, part, concept: apply_stamina(whole)),
         ("part", fold_stamina, lambda whole, part, concept: fold_concepts(whole, [concept])),
         ("part", None, lambda whole, part, concept: fold_concepts(whole, [concept])),
+        ("part", None, lambda whole, part, concept: restore_concepts(whole, [concept], {})),
         ("whole", None, lambda whole, part, concept: unload_stamina(part)),
         ("part", None, lambda whole, part, concept: unload_stamina(whole)),
         ("part", fold_stamina, lambda whole, part, concept: unload_stamina(whole)),
