@@ -25,6 +25,7 @@ class ConceptState:
     layers   module path -> committed update of that projection
     digests  module path -> `weight_digest` of the projection's weight before any concept
     tokens   pipeline component (as "text_encoder") -> {token: its fp32 vector}
+    prompt   the prompt it was learned with, None where that is not known
     """
 
     name: str
@@ -33,6 +34,7 @@ class ConceptState:
     layers: dict[str, CommittedAdapter]
     digests: dict[str, str]
     tokens: Tokens = field(default_factory=dict)
+    prompt: str | None = None
 
 
 def check_name(name: Any) -> None:

@@ -4,8 +4,9 @@
 Keys, for every adapted module path: `<path>.A` fp16 [O, r], `<path>.B` fp16 [r, I],
 `<path>.exponent` int32 [2], `<path>.bits` int32 [O, ceil(I / 32)]; for every token
 `token/<component>/<token>` fp32 [dim]. The header's metadata has one entry, `stamina`: JSON with
-the file version, the concept's name, index, config and tokens, and per layer the scale and the
-digest of the base weight. Equal concepts give equal bytes.
+the file version, the concept's name, index, config and tokens, the prompt it was learned with where
+that is known, and per layer the scale and the digest of the base weight. Equal concepts give equal
+bytes.
 """
 
 import json
@@ -48,6 +49,7 @@ def _tensors(concept: ConceptState) -> dict[str, Tensor]:
 
 def _metadata(concept: ConceptState) -> dict[str, str]:
     # one entry, because the writer stores several in no fixed order
+    prompt = {} if concept.prompt is None else {"prompt": concept.prompt}
     described = {
         "version": VERSION,
         "name": concept.name,
@@ -58,6 +60,7 @@ def _metadata(concept: ConceptState) -> dict[str, str]:
             for path, adapter in concept.layers.items()
         },
         "tokens": {component: list(tokens) for component, tokens in concept.tokens.items()},
+        **prompt,
     }
     return {_ENTRY: json.dumps(described)}
 
@@ -139,6 +142,9 @@ def _describe(file: Path | str, metadata: dict[str, str]) -> dict[str, Any]:
         if not isinstance(fields["index"], int) or fields["index"] < 0:
             raise ValueError(f"index must be a non-negative integer, got {fields['index']!r}")
         check_name(fields["name"])
+        fields["prompt"] = described.get("prompt")
+        if not isinstance(fields["prompt"], str | None):
+            raise ValueError(f"prompt must be a string, got {fields['prompt']!r}")
         if not all(isinstance(names, list) for names in fields["tokens"].values()):
             raise ValueError("tokens must be lists of words by component")
         for layer in fields["layers"].values():
@@ -209,6 +215,7 @@ def _concept(
         layers=layers,
         digests={path: layer["base"] for path, layer in described["layers"].items()},
         tokens=tokens,
+        prompt=described["prompt"],
     )
 
 

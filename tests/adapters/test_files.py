@@ -56,6 +56,12 @@ def test_round_trip_is_exact(pipe, learn, render, tmp_path):
     assert [f.read_bytes() for f in again] == [f.read_bytes() for f in files]
 
 
+def test_the_prompt_is_kept_where_it_is_known(concept, tmp_path):
+    for known in (None, "a photo of <v1>"):
+        (file,) = save_stamina_weights(tmp_path, replace(concept, prompt=known))
+        assert read_stamina_weights(file).prompt == known
+
+
 def test_no_stock_key_or_name(concept, tmp_path):
     (file,) = save_stamina_weights(tmp_path / "one.safetensors", concept)
     keys = list(load_file(file))
@@ -172,6 +178,7 @@ CONCEPT_FAULTS = {
     "file version 2, this release reads 1": lambda c: c.update(version=2),
     "malformed: 'index'": lambda c: c.pop("index"),
     "malformed: .*values": lambda c: c.update(tokens=[]),
+    "prompt must be a string, got 3": lambda c: c.update(prompt=3),
     "tokens must be lists": lambda c: c.update(tokens={"text_encoder": "<v1>"}),
     "(?s)malformed.*density_init": lambda c: c["config"].update(density_init=7),
     "scale or digest is malformed": lambda c: c["layers"][next(iter(c["layers"]))].update(

@@ -2,13 +2,17 @@
 """The term that keeps earlier prompts' keys and values."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
-from stamina_adapters import apply_stamina, linear, set_stamina_mask_mode
+from stamina_adapters import apply_stamina, linear, load_stamina_weights, set_stamina_mask_mode
 from stamina_adapters.config import StaminaConfig
+from stamina_adapters.files import concept_from_bytes, concept_to_bytes
 from stamina_adapters.linear import changes_together
+from stamina_adapters.training import preservation
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.methods import StaminaMethod
@@ -23,6 +27,10 @@ from stamina_adapters.training.rivals.masked import MaskedMethod
 from stamina_adapters.training.trainer import ContinualTrainer
 
 ADAPTER = StaminaConfig(r=4, mask_rank=4)
+METHODS = (
+    lambda: StaminaMethod(ADAPTER),
+    lambda: MaskedMethod.build({"stamina": {"adapter": {"r": 4, "mask_rank": 4}}}),
+)
 
 
 def _concept(number):
@@ -39,9 +47,44 @@ def _config(**settings):
     return TrainingConfig(**{"max_train_steps": 6, "train_batch_size": 2, **settings})
 
 
+def _spoken(prompt):
+    return ConceptSpec(instance_prompt=prompt, instance_data_dir=".")
+
+
+def _watched(monkeypatch):
+    """A list that holds the prompts held for the concept that is learned, once it is attached."""
+    held = []
+
+    def watched(pipe, prompts):
+        held[:] = prompts
+        return encode(pipe, prompts)
+
+    monkeypatch.setattr(preservation, "encode", watched)
+    return held
+
+
+def _loaded(folder):
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = tensor.data.clone()  # mapped from a file they are not aligned: other sums
+    return pipe
+
+
+def _without_prompts(state):
+    """A method's state as it was before prompts were kept."""
+    kept = {key: tensor for key, tensor in state.items() if not key.startswith("prompt/")}
+    for key, tensor in kept.items():
+        if key.startswith("concept/"):
+            concept = concept_from_bytes(tensor.numpy().tobytes(), key)
+            data = bytearray(concept_to_bytes(replace(concept, prompt=None)))
+            kept[key] = torch.frombuffer(data, dtype=torch.uint8)
+    return kept
+
+
 def _held(pipe, layers, **settings):
     config = _config(**{"precondition": 0.0, **settings})
-    return Preservation(pipe, _concept(9), layers, config)
+    return Preservation(pipe, _concept(9), layers, config, {})
 
 
 def _learn(pipe, method, *numbers, **settings):
@@ -71,10 +114,60 @@ def _dense(layer):
 
 
 def test_prompts_are_those_of_all_added_words(pipe):
-    assert earlier_prompts(pipe, _concept(1)) == [""]
+    assert earlier_prompts(pipe, _concept(1), {}) == [""]
     _learn(pipe, StaminaMethod(ADAPTER), 3, 1)
-    other = ConceptSpec(instance_prompt="a night <v2> photo", instance_data_dir=".")
-    assert earlier_prompts(pipe, other) == ["", "a night <v3> photo", "a night <v1> photo"]
+    other = _spoken("a night <v2> photo")
+    todays = ["", "a night <v3> photo", "a night <v1> photo"]
+    assert earlier_prompts(pipe, other, {}) == todays
+    # the prompt that a word was learned with comes before the concept's, unless it is the same
+    own = {"<v3>": "<v3> by day", "<v1>": "a  night <v1> photo ", "<gone>": "a <gone>"}
+    assert earlier_prompts(pipe, other, own) == [*todays[:1], "<v3> by day", *todays[1:]]
+
+
+@pytest.mark.parametrize("build", METHODS)
+def test_a_concept_is_held_in_the_prompt_it_was_learned_with(pipe, build, tmp_path, monkeypatch):
+    trainer = ContinualTrainer(pipe, build(), _config())
+    trainer.learn(_spoken("a photo of <v1>"), _dataset(1))
+    held = _watched(monkeypatch)
+    trainer.learn(_spoken("<v2> at night"), _dataset(2))
+    assert held == ["", "a photo of <v1>", "<v1> at night"]
+    pipe.save_pretrained(tmp_path)
+    state = trainer.method.state_dict()
+    trainer.learn(_spoken("<v3>"), _dataset(3))
+    assert held == ["", "a photo of <v1>", "<v1>", "<v2> at night", "<v2>"]
+
+    resumed = ContinualTrainer(_loaded(tmp_path), build(), _config())
+    resumed.method.load_state_dict(resumed.pipe, state)
+    resumed.learn(_spoken("<v3>"), _dataset(3))
+    assert held == ["", "a photo of <v1>", "<v1>", "<v2> at night", "<v2>"]
+
+
+def test_a_concepts_file_knows_its_prompt(pipe, pipe_of, tmp_path, monkeypatch):
+    other, method = pipe_of(pipe), StaminaMethod(ADAPTER)
+    state, _ = ContinualTrainer(pipe, method, _config()).learn(_concept(1), _dataset(1))
+    method.save(state, tmp_path / "v1.safetensors")
+    load_stamina_weights(other, tmp_path / "v1.safetensors")
+    held = _watched(monkeypatch)
+    learner = ContinualTrainer(other, StaminaMethod(ADAPTER), _config())
+    learner.learn(_spoken("<v2> at night"), _dataset(2))
+    assert held == ["", "a photo of <v1>", "<v1> at night"]
+
+
+@pytest.mark.parametrize("build", METHODS)
+def test_prompts_of_one_template_give_the_bits_of_a_state_without_them(pipe, build, tmp_path):
+    """A state of before prompts were kept goes on, as it did then."""
+    trainer = ContinualTrainer(pipe, build(), _config())
+    for number in (1, 2):
+        trainer.learn(_concept(number), _dataset(number))
+    pipe.save_pretrained(tmp_path)
+    state = trainer.method.state_dict()
+    bits = []
+    for known in (state, _without_prompts(state)):
+        resumed = ContinualTrainer(_loaded(tmp_path), build(), _config())
+        resumed.method.load_state_dict(resumed.pipe, known)
+        resumed.learn(_concept(3), _dataset(3))
+        bits.append(resumed.pipe.unet.state_dict())
+    assert all(torch.equal(bits[0][key], bits[1][key]) for key in bits[0])
 
 
 def test_the_factor_keeps_the_energy_of_every_direction():
@@ -196,10 +289,7 @@ def test_a_large_weight_keeps_the_pictures_of_earlier_prompts(pipe, render):
 
 def test_the_eager_mechanism_adds_the_same_term(pipe):
     logs = []
-    for build in (
-        lambda: StaminaMethod(ADAPTER),
-        lambda: MaskedMethod.build({"stamina": {"adapter": {"r": 4, "mask_rank": 4}}}),
-    ):
+    for build in METHODS:
         own = copy.deepcopy(pipe)
         own.set_progress_bar_config(disable=True)
         settings = {"forget_weight": 0.0, "sparse_weight": 0.0, "preserve_weight": 5.0}

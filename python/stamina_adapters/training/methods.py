@@ -2,6 +2,7 @@
 """How a concept is put into a model: the part of training that differs between methods."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
@@ -28,7 +29,7 @@ from stamina_adapters import (
 from stamina_adapters.files import concept_from_bytes, concept_to_bytes
 from stamina_adapters.fold import restore_concepts
 from stamina_adapters.linear import WEIGHT_INIT, changes_together
-from stamina_adapters.models import adapted_model, find_state, layer_at
+from stamina_adapters.models import FoldedConcept, adapted_model, find_state, layer_at
 from stamina_adapters.training.config import METHOD_FIELDS, ConceptSpec, TrainingConfig
 from stamina_adapters.training.penalties import DensityHinge
 from stamina_adapters.training.preservation import Preservation
@@ -156,7 +157,7 @@ class StaminaMethod:
 
     The seeds of `adapter` and `token` are replaced by the concept's own, and `training` goes
     before the run's configuration. The state to go on with is W_init of every adapted layer, which
-    the forgetting term and the fold need, and every concept's file.
+    the forgetting term and the fold need, and every concept's file, which has its prompt too.
     """
 
     reads: ClassVar[frozenset[str]] = METHOD_FIELDS
@@ -174,7 +175,7 @@ class StaminaMethod:
 
     def attach(self, pipe: Any, concept: ConceptSpec, config: TrainingConfig) -> list[dict]:
         config = self.training.over(config)
-        self._pipe, self._config = pipe, config
+        self._pipe, self._config, self._prompt = pipe, config, concept.instance_prompt
         seed = {"seed": concept.seed(config.seed)}
         check_new_token(pipe, "text_encoder", concept.token)
         adapter = self.adapter.model_copy(update=seed)
@@ -186,7 +187,8 @@ class StaminaMethod:
         self._layers = {path: pipe.unet.get_submodule(path) for path in paths}
         self._total = sum(layer.weight.numel() for layer in self._layers.values())
         self._hinges = {path: DensityHinge(config, self._total) for path in paths}
-        self._preservation = Preservation(pipe, concept, self._layers, config)
+        own = self._own_prompts()
+        self._preservation = Preservation(pipe, concept, self._layers, config, own)
         self._measured: dict[str, float] = {}
         rates = {
             "factors": config.learning_rate,
@@ -195,6 +197,20 @@ class StaminaMethod:
         }
         groups = stamina_parameters(pipe)
         return [{"params": groups[name], "lr": rate} for name, rate in rates.items()]
+
+    def _folded(self) -> list[FoldedConcept]:
+        """The concepts in the pipeline's weights, the newest last."""
+        state = None if self._pipe is None else find_state(adapted_model(self._pipe))
+        return [] if state is None else state.folded
+
+    def _own_prompts(self) -> dict[str, str]:
+        """Learned word -> the prompt it was learned with, where the concept knows it."""
+        return {
+            token: folded.state.prompt
+            for folded in self._folded()
+            if folded.state.prompt is not None
+            for token in folded.state.tokens.get("text_encoder", {})
+        }
 
     def begin_step(self, step: int) -> float | None:
         config = self._config
@@ -234,7 +250,8 @@ class StaminaMethod:
         pass
 
     def finish(self) -> Any:
-        state = fold_stamina(self._pipe)
+        state = replace(fold_stamina(self._pipe), prompt=self._prompt)
+        self._folded()[-1].state = state
         self._live = None
         return state
 
@@ -254,16 +271,12 @@ class StaminaMethod:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        model = None if self._pipe is None else adapted_model(self._pipe)
-        state = None if model is None else find_state(model)
-        if model is None or state is None:
-            return {}
         tensors: dict[str, Tensor] = {}
-        for number, folded in enumerate(state.folded):
+        for number, folded in enumerate(self._folded()):
             data = bytearray(concept_to_bytes(folded.state))
             tensors[f"{_CONCEPT}{number:06d}"] = torch.frombuffer(data, dtype=torch.uint8)
             for path in folded.state.layers:
-                initial: Any = layer_at(model, path)._buffers[WEIGHT_INIT]
+                initial: Any = layer_at(adapted_model(self._pipe), path)._buffers[WEIGHT_INIT]
                 tensors[INITIAL + path] = initial.detach().cpu().clone()
         return tensors
 

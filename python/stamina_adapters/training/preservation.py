@@ -3,8 +3,10 @@
 
 An adapted key or value projection changes by D, so what a prompt's state h gives changes by D h.
 Earlier concepts are words of the vocabulary: their prompts can be encoded at any time, without a
-picture of them. With h_kj the text encoder's state at position j (of p) of the k-th earlier prompt
-(the empty prompt, which guidance uses, is one of them), the term added to the loss is
+picture of them. A word's states depend on the sentence around it, so each is held in the prompt it
+was learned with, and in the new concept's as well. With h_kj the text encoder's state at position j
+(of p) of the k-th earlier prompt (the empty prompt, which guidance uses, is one of them), the term
+added to the loss is
 
     nu / n  sum_l  1 / c_l  sum_k  1 / p  sum_j  || D_l h_kj ||^2
         =  nu / n  sum_l  || H D_l^T ||_F^2 / c_l,           H^T H = 1 / p  sum_kj h_kj h_kj^T
@@ -43,17 +45,24 @@ _NEGLIGIBLE = 1e-10
 """Directions with less than this share of the largest one's energy are fp32 rounding of states."""
 
 
-def earlier_prompts(pipe: Any, concept: ConceptSpec) -> list[str]:
-    """The empty prompt, and the concept's prompt with every other added word in its word's place.
+def earlier_prompts(pipe: Any, concept: ConceptSpec, own: Mapping[str, str]) -> list[str]:
+    """The empty prompt and those of every other added word, each once.
 
-    Words are those that the tokenizer was given after it was made, in the order of their numbers.
+    They are the prompt that the word was learned with, where `own` has it, and the concept's with
+    this word in its word's place. Words are those that the tokenizer was given after it was made,
+    in the order of their numbers.
     """
     tokenizer = pipe.tokenizer
     special = set(tokenizer.all_special_tokens)
     added = sorted(tokenizer.get_added_vocab().items(), key=lambda entry: entry[1])
     words = [word for word, _ in added if word not in special and word != concept.token]
     parts = concept.instance_prompt.split()
-    return ["", *(" ".join(w if p == concept.token else p for p in parts) for w in words)]
+    prompts = [""]
+    for word in words:
+        if word in own:
+            prompts.append(" ".join(own[word].split()))  # as below: white space is no difference
+        prompts.append(" ".join(word if part == concept.token else part for part in parts))
+    return list(dict.fromkeys(prompts))
 
 
 @torch.no_grad()
@@ -91,10 +100,16 @@ class Preservation:
 
     @torch.no_grad()
     def __init__(
-        self, pipe: Any, concept: ConceptSpec, layers: Mapping[str, Any], config: TrainingConfig
+        self,
+        pipe: Any,
+        concept: ConceptSpec,
+        layers: Mapping[str, Any],
+        config: TrainingConfig,
+        own: Mapping[str, str],
     ) -> None:
         """`layers`: path -> adapted layer; keys and values of cross-attention take part.
 
+        `own`: earlier word -> the prompt it was learned with, as far as it is known.
         Preconditions them with eta = precondition, and makes the term with nu = preserve_weight.
         """
         chosen = {p: layer for p, layer in layers.items() if f".{p}".endswith(_OF_PROMPTS)}
@@ -102,7 +117,7 @@ class Preservation:
         self._weights: dict[str, Tensor] = {}
         if not chosen or not (config.preserve_weight or config.precondition):
             return
-        states = encode(pipe, earlier_prompts(pipe, concept))
+        states = encode(pipe, earlier_prompts(pipe, concept, own))
         H = factor(states)
         if config.precondition:
             C = preconditioner(H, len(states), config.precondition)

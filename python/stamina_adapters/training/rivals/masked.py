@@ -38,6 +38,8 @@ from stamina_adapters.training.rivals.delta import DeltaLinear, LowRankDelta, in
 from stamina_kernels.philox import uniform
 from stamina_kernels.reference import pack_bits
 
+_PROMPT = "prompt/"
+
 
 class MaskedSettings(BaseModel):
     """STAMINA's settings, and what is replaced."""
@@ -213,6 +215,10 @@ class MaskedMethod(RivalMethod):
     carries = ("change",)
     layer_type = MaskedLinear
 
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__(settings)
+        self._prompts: dict[str, str] = {}  # learned word -> the prompt it was learned with
+
     def _target_modules(self) -> tuple[str, ...]:
         adapter: StaminaConfig = self._settings.stamina.adapter
         return adapter.target_modules
@@ -236,7 +242,7 @@ class MaskedMethod(RivalMethod):
         groups = super().attach(pipe, concept, config)
         self._total = sum(layer.weight.numel() for layer in self._layers.values())
         self._hinges = {path: DensityHinge(config, self._total) for path in self._layers}
-        self._preservation = Preservation(pipe, concept, self._layers, config)
+        self._preservation = Preservation(pipe, concept, self._layers, config, self._prompts)
         return groups
 
     def _logits(
@@ -335,4 +341,23 @@ class MaskedMethod(RivalMethod):
 
     def finish(self) -> dict[str, Tensor]:
         self.set_sampling(False)
-        return super().finish()
+        tensors = super().finish()
+        self._prompts[self._concept.token] = self._concept.instance_prompt
+        return tensors
+
+    def state_dict(self) -> dict[str, Tensor]:
+        prompts = {
+            f"{_PROMPT}{word}": torch.frombuffer(bytearray(prompt.encode()), dtype=torch.uint8)
+            for word, prompt in self._prompts.items()
+        }
+        return {**super().state_dict(), **prompts}
+
+    def load_state_dict(self, pipe: Any, state: dict[str, Tensor]) -> None:
+        prompts = {
+            key.removeprefix(_PROMPT): tensor.cpu().numpy().tobytes().decode()
+            for key, tensor in state.items()
+            if key.startswith(_PROMPT)
+        }
+        others = {key: t for key, t in state.items() if not key.startswith(_PROMPT)}
+        super().load_state_dict(pipe, others)
+        self._prompts = prompts
