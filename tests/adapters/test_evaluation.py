@@ -3,18 +3,22 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stamina_adapters.embedded import world
 from stamina_adapters.evaluation.cost import (
     KeyValueShape,
     eager_masked_linear,
     measure_projections,
     saved_mib,
 )
+from stamina_adapters.evaluation.embedder import EncoderEmbedder
 from stamina_adapters.evaluation.grid import image_grid
 from stamina_adapters.evaluation.metrics import NearestCentroid, a_mmd, f_mmd, polynomial_mmd
 from stamina_adapters.evaluation.sampling import generate_images
+from stamina_adapters.training.data import ConceptDataset
 
 from stamina_kernels import MaskedProjection
 
@@ -179,3 +183,34 @@ def test_our_projections_save_a_bit_where_eager_saves_matrices():
     assert cost.saved_mib_ours <= weights / 8 / 2**20
     assert cost.saved_mib_eager >= 3 * 4 * weights / 2**20
     assert min(cost.step_ms_ours, cost.step_ms_eager) > 0
+
+
+class _Pixels:
+    """An encoder whose vectors are the pixels it was given."""
+
+    def embed(self, images):
+        return torch.from_numpy(images)
+
+
+def _noise(width, height):
+    values = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize(("width", "height"), [(112, 64), (64, 80), (64, 64)])
+def test_the_shipped_encoder_sees_the_centre_that_training_cuts_out(width, height):
+    assert world.SIZE == 64
+    wide = _noise(width, height)
+    left, top = (width - 64) // 2, (height - 64) // 2
+    centre = wide.crop((left, top, left + 64, top + 64))
+    (found,) = EncoderEmbedder(_Pixels()).embed([wide])
+    assert np.array_equal(found.numpy(), np.asarray(centre))
+    pixels = ConceptDataset([wide]).pixels(64)
+    assert torch.equal(found, ((pixels[0] + 1) * 127.5).round().byte().permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("side", [48, 65, 128])
+def test_square_pictures_are_scaled_whole(side):
+    (found,) = EncoderEmbedder(_Pixels()).embed([_noise(side, side)])
+    expected = _noise(side, side).resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(found.numpy(), np.asarray(expected))

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from stamina_adapters.embedded import world
 from stamina_adapters.embedded.encoder import Encoder
@@ -21,7 +21,11 @@ class Embedder(Protocol):
 
 
 class EncoderEmbedder:
-    """The embedded model's image encoder; pictures are scaled to the side it was trained on."""
+    """The embedded model's image encoder.
+
+    A picture's shorter side is scaled to the side that the encoder was trained on (Lanczos) and the
+    centre is cut out, as it is for training.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -29,8 +33,5 @@ class EncoderEmbedder:
     def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """See `Embedder`; rows have unit length."""
         side = (world.SIZE, world.SIZE)
-        scaled = [
-            image if image.size == side else image.resize(side, Image.Resampling.LANCZOS)
-            for image in images
-        ]
-        return self.encoder.embed(np.stack([np.asarray(image.convert("RGB")) for image in scaled]))
+        square = [ImageOps.fit(image, side, Image.Resampling.LANCZOS) for image in images]
+        return self.encoder.embed(np.stack([np.asarray(image.convert("RGB")) for image in square]))
