@@ -118,6 +118,45 @@ def test_exif_orientation_is_applied(tmp_path):
     assert ConceptDataset.from_folder(tmp_path).images[0].size == (4, 8)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_what_is_transparent_is_laid_on_white(tmp_path, mode):
+    hidden, shown = (0, 255) if mode in ("L", "LA") else ((0, 0, 0), (200, 100, 50))
+    picture = Image.new(mode.removesuffix("A") if mode != "P" else "RGB", (2, 1), hidden)
+    picture.putpixel((1, 0), shown)
+    if mode in ("RGBA", "LA"):
+        alpha = Image.new("L", (2, 1), 0)
+        alpha.putpixel((1, 0), 255)
+        picture.putalpha(alpha)
+        picture.save(tmp_path / "a.png")
+    elif mode == "P":
+        indexed = picture.quantize(2)
+        alphas = bytes(0 if colour == hidden else 255 for colour in indexed.palette.colors)
+        indexed.save(tmp_path / "a.png", transparency=alphas)
+    else:
+        picture.save(tmp_path / "a.png", transparency=hidden)
+    (image,) = ConceptDataset.from_folder(tmp_path).images
+    expected = shown if isinstance(shown, tuple) else (shown,) * 3
+    assert image.mode == "RGB"
+    assert [image.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), expected]
+
+
+def test_half_transparent_pixels_are_mixed_with_white_and_opaque_ones_kept(tmp_path):
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
+    picture.putpixel((1, 0), (1, 2, 3, 255))
+    picture.save(tmp_path / "a.png")
+    (image,) = ConceptDataset.from_folder(tmp_path).images
+    assert [image.getpixel((x, 0)) for x in range(2)] == [(127, 127, 127), (1, 2, 3)]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_says_nothing_and_changes_nothing(tmp_path, name):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / name, exif=exif.tobytes()[:-6])
+    assert ConceptDataset.from_folder(tmp_path).images[0].size == (8, 4)
+
+
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(InputError, match="instance_data_dir .*no such folder"):
         ConceptDataset.from_folder(tmp_path / "absent")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of pictures, checked before anything is trained, and their latents, encoded once."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,28 @@ def list_images(folder: Path, argument: str) -> list[Path]:
     return entries
 
 
+def _decoded(path: Path) -> Image.Image:
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # convert() would clip at 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if upright.has_transparency_data:  # convert() would bring out the colours below
+            white = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(white, upright.convert("RGBA"))
+        return upright.convert("RGB")
+
+
 def read_image(path: Path, argument: str) -> Image.Image:
-    """Decode one PNG or JPEG completely, upright, as RGB. Raises `InputError` when it cannot."""
+    """Decode one PNG or JPEG completely, upright, as RGB; what is transparent is laid on white.
+
+    Raises `InputError` when it cannot.
+    """
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # convert() would clip at 255
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
+        with warnings.catch_warnings():
+            # Pillow's, of damaged EXIF: no orientation is known, the picture is taken as it lies
+            warnings.simplefilter("ignore", UserWarning)
+            return _decoded(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
