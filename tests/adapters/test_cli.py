@@ -306,6 +306,7 @@ def test_a_model_of_ones_own_needs_concepts(model, tmp_path):
     [
         ("a photo of <v9>", ("PROMPT", "knows no <v9>; it has learned <v1>, <v2>")),
         ("  ", ("PROMPT", "is blank; describe the picture")),
+        ("a " * 90 + "<v1>", ("PROMPT", "has 93 tokens; shorten it to 77")),
     ],
 )
 def test_generate_refuses_prompts(trained, tmp_path, prompt, words):

@@ -58,6 +58,15 @@ def test_evaluate_refuses_a_model_that_has_not_learned_the_concepts(model, evalu
     refused(evaluate(model), "has not learned <v1>, <v2>; give the folder")
 
 
+def test_evaluate_refuses_a_prompt_that_the_model_would_cut(trained, concepts, tmp_path):
+    entries = json.loads(concepts.read_text())
+    entries[1]["instance_prompt"] = "a " * 90 + "<v2>"
+    longer = tmp_path / "longer.json"
+    longer.write_text(json.dumps(entries))
+    outcome = run("evaluate", "--pretrained_model_name_or_path", trained, "--concepts_list", longer)
+    refused(outcome, "--concepts_list: instance_prompt of '<v2>' has 93 tokens; shorten it to 77")
+
+
 def test_evaluate_refuses_a_file_that_it_could_not_write(trained, evaluate, tmp_path, monkeypatch):
     (tmp_path / "old.json").write_text("mine")
     outcome = evaluate(trained, "--output", tmp_path / "old.json")

@@ -17,6 +17,7 @@ from stamina_adapters.cli.train import read_datasets
 from stamina_adapters.cli.workspace import (
     MODEL,
     check_inference_steps,
+    check_length,
     counted,
     full_disk_is_told,
     load_pipeline,
@@ -99,6 +100,9 @@ def evaluate(
     datasets = read_datasets(concepts)
     pipe = load_pipeline(model)
     _check_known(pipe, [concept.token for concept in concepts], model)
+    for concept in concepts:
+        where = f"--concepts_list: instance_prompt of {concept.token!r}"
+        check_length(pipe, concept.instance_prompt, where)
     check_inference_steps(pipe, sampling.num_inference_steps, "--num_inference_steps")
     judged = embedder(clip)
     real_pictures = [dataset.images for dataset in datasets]

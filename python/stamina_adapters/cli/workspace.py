@@ -101,7 +101,10 @@ def check_new_tokens(pipe: Any, concepts: Sequence[ConceptSpec], argument: str) 
 
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
-    """Raise `InputError` when a prompt is blank or names a `<...>` word the model never learned."""
+    """Raise `InputError` for a prompt that the model cannot draw as it is written.
+
+    It is blank, names a `<...>` word that the model never learned, or would be cut short.
+    """
     vocabulary = pipe.tokenizer.get_vocab()
     for prompt in prompts:
         if not prompt.strip():
@@ -114,6 +117,7 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
                 raise InputError(
                     f"PROMPT {prompt!r}: the model knows no {word}; it has learned {learned}"
                 )
+        check_length(pipe, prompt, f"PROMPT {prompt!r}")
 
 
 def check_inference_steps(pipe: Any, steps: int, argument: str) -> None:
