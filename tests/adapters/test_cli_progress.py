@@ -53,17 +53,32 @@ def test_no_number_is_cut_at_80_columns(steps):
 
 def test_a_token_in_square_brackets_is_shown_as_it_is():
     last = SimpleNamespace(sampled=0.1, committed=0.1)
-    step = SimpleNamespace(density=None)
-    log = SimpleNamespace(token="[bold]", images=4, probes=[last], steps=[step], seconds=1.0)
+    log = SimpleNamespace(token="[bold]", images=4, probes=[last], densities={}, seconds=1.0)
     row = ConceptFigures(token="[bold]", accuracy=None, cosine=1.0, mmd=0.0)
     figures = Figures(
         model="m", judged_by="clip[red]", pictures=3, accuracy=None, cosine=1.0, a_mmd=0.0,
         kid=None, concepts=[row],
     )  # fmt: skip
     for table, names in (
-        (summary_table([log]), ["[bold]"]),
+        (summary_table([log], None), ["[bold]"]),
         (figures_table(figures), ["[bold]", "clip[red]"]),
     ):
         console = Console(file=io.StringIO(), width=120)
         console.print(table)
         assert all(name in console.file.getvalue() for name in names)
+
+
+def test_the_density_shown_is_the_committed_one(pipe):
+    """Of all weights, as the masks were committed: the last step's was measured earlier."""
+    layers = [path for path, module in pipe.unet.named_modules() if path.endswith("attn2.to_k")]
+    sizes = [pipe.unet.get_submodule(path).weight.numel() for path in layers]
+    assert len(set(sizes)) > 1
+    densities = {path: 0.2 + 0.6 * (k == 0) for k, path in enumerate(layers)}
+    expected = 0.2 + 0.6 * sizes[0] / sum(sizes)
+    last = SimpleNamespace(sampled=0.1, committed=0.1)
+    stale = [SimpleNamespace(density=0.99)]
+    log = SimpleNamespace(
+        token="<v1>", images=4, probes=[last], steps=stale, densities=densities, seconds=1.0
+    )
+    (found,) = summary_table([log], pipe).columns[4].cells
+    assert found == f"{expected:.2f}"

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ from stamina_adapters.cli.workspace import (
 )
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.continual.folder import check_room
+from stamina_adapters.continual.masks import weighted_density
 from stamina_adapters.continual.snapshot import pipeline_bytes
 from stamina_adapters.files import write_beside
 from stamina_adapters.training.config import ConceptSpec, TrainingConfig, load_concepts_list
@@ -78,15 +80,15 @@ def read_datasets(concepts: list[ConceptSpec]) -> list[ConceptDataset]:
     return [ConceptDataset.from_folder(c.instance_data_dir, "instance_data_dir") for c in concepts]
 
 
-def summary_table(logs: list[ConceptLog]) -> Table:
-    """One row for each learned concept."""
+def summary_table(logs: list[ConceptLog], pipe: Any) -> Table:
+    """One row for each concept that `pipe` has learned; densities are of the committed masks."""
     table = Table(title="Learned concepts")
     titles = ("token", "images", "loss, sampled masks", "loss, committed masks", "density", "s")
     for title in titles:
         table.add_column(title, justify="left" if title == "token" else "right")
     for log in logs:
         last = log.probes[-1]
-        density = log.steps[-1].density
+        density = weighted_density(log.densities, pipe)
         table.add_row(
             escape(log.token),
             str(log.images),
@@ -156,6 +158,6 @@ def train(
         with RunProgress(console) as progress:
             logs = learn_all(trainer, concepts, datasets, output_dir, progress)
         save_pipeline(pipe, output_dir)
-    console.print(summary_table(logs))
+    console.print(summary_table(logs, pipe))
     console.print(f"stock pipeline  {output_dir}", soft_wrap=True, markup=False)
     console.print(f"concept files   {output_dir / 'concepts'}", soft_wrap=True, markup=False)
