@@ -232,6 +232,21 @@ def test_density_follows_its_target(pipe, target):
     assert all(0.02 < density < 0.7 for density in densities)
 
 
+def test_the_floor_holds_in_short_runs(pipe):
+    _, log = _trainer(pipe, max_train_steps=20).learn(_concept(), _dataset())
+    # a step of AdamW overshoots
+    assert min(log.densities.values()) > TrainingConfig().min_density - 0.03
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"), [(1, 5, 1), (20, 5, 1), (40, 5, 3), (60, 5, 5), (100, 2, 2)]
+)
+def test_density_is_measured_a_dozen_times_at_least(steps, every, expected):
+    config = TrainingConfig(max_train_steps=steps, density_every=every)
+    measured = [step for step in range(steps) if config.measures_density(step)]
+    assert measured == list(range(0, steps, expected))
+
+
 def test_the_forgetting_penalty_keeps_off_what_was_learned(stock_pipe, pipe):
     import copy
 

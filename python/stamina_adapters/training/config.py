@@ -65,7 +65,9 @@ class TrainingConfig(BaseModel):
     sparse_end: float = Field(
         0.5, ge=0, le=1, description="part of the steps after which the target is final"
     )
-    density_every: int = Field(5, ge=1, description="steps between two measurements of density")
+    density_every: int = Field(
+        5, ge=1, description="steps between two measurements of density, a twelfth of all at most"
+    )
     resolution: int | None = Field(
         None, ge=8, description="side of the square pictures in pixels; None: the pipeline's own"
     )
@@ -88,6 +90,14 @@ class TrainingConfig(BaseModel):
     def first_hard_step(self) -> int:
         """The first step that is trained with the committed masks."""
         return round((1 - self.hard_fraction) * self.max_train_steps)
+
+    def measures_density(self, step: int) -> bool:
+        """Whether the densities that steer the hinges are measured before this step.
+
+        In a short run masks go from full to nearly empty in less than `density_every` steps.
+        """
+        most = max(1, self.max_train_steps // 12)
+        return step % min(self.density_every, most) == 0
 
 
 TRAINER_FIELDS = frozenset(

@@ -216,7 +216,7 @@ class StaminaMethod:
         config = self._config
         set_stamina_step(self._pipe, step)
         self.set_sampling(step < config.first_hard_step)
-        if step % config.density_every == 0:
+        if config.measures_density(step):
             self._measured = self.densities()
         for path, layer in self._layers.items():
             set_stamina_penalties(

@@ -292,7 +292,7 @@ class MaskedMethod(RivalMethod):
         self.set_sampling(step < config.first_hard_step)
         if not self._masked:
             return None
-        if step % config.density_every == 0:
+        if config.measures_density(step):
             self._measured = self.densities()
         self._weights = {
             path: hinge.weight(step, self._measured[path]) for path, hinge in self._hinges.items()
