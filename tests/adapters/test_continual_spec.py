@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
-from continual_kit import REGISTRY
+from continual_kit import REGISTRY, write_spec
+from stamina_adapters.cli.train import read_datasets
 from stamina_adapters.continual.materials import embedded_identities, load_material
 from stamina_adapters.continual.registry import chosen_lines, chosen_seeds, default_registry
 from stamina_adapters.continual.rows import SummaryRow
 from stamina_adapters.continual.spec import BenchmarkSpec, EmbeddedConcepts, load_spec
 from stamina_adapters.continual.tune import best, merged, trials_of, tuned, tuning_rows
+from stamina_adapters.training.config import load_concepts_list
 from stamina_adapters.training.errors import InputError
 
 COMMITTED = sorted(Path(__file__).parents[2].glob("benchmarks/sequences/*.json"))
@@ -70,6 +72,38 @@ def test_real_pictures_are_not_those_learned_from():
     assert not learned & {image.tobytes() for image in first.real}
     assert material.digest() == load_material(spec).digest()
     assert material.digest() != load_material(spec, tuning=True).digest()
+
+
+def _relative(file):
+    """The list with its folders relative to its own."""
+    entries = json.loads(file.read_text())
+    for entry in entries:
+        entry["instance_data_dir"] = Path(entry["instance_data_dir"]).name
+    file.write_text(json.dumps(entries))
+
+
+def test_folders_of_a_list_are_relative_to_it_and_to_the_working_directory_in_commands(
+    tmp_path, monkeypatch
+):
+    spec = load_spec(write_spec(tmp_path, tmp_path / "no-model"))
+    digests = [load_material(spec, tuning=tuning).digest() for tuning in (False, True)]
+    for file in (spec.concepts.concepts_list, spec.concepts.tuning_list):
+        _relative(file)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [load_material(spec, tuning=tuning).digest() for tuning in (False, True)] == digests
+    # what is tuned on is still told apart from what is evaluated
+    entries = json.loads(spec.concepts.concepts_list.read_text())
+    entries[0]["instance_data_dir"] = "../tuning/data11"
+    spec.concepts.concepts_list.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match="is in tuning_list and in concepts_list"):
+        load_material(spec, tuning=True)
+
+    tuning = spec.concepts.tuning_list
+    with pytest.raises(InputError, match="'data11': no such folder"):
+        read_datasets(load_concepts_list(tuning))
+    monkeypatch.chdir(tuning.parent)
+    assert len(read_datasets(load_concepts_list(tuning))) == 2
 
 
 @pytest.mark.parametrize(

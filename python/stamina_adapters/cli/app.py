@@ -49,7 +49,8 @@ def train(
         typer.Option(
             "--concepts_list",
             help='JSON file: [{"instance_prompt": "a photo of <v1>", "instance_data_dir": "DIR"}, '
-            '...], each with an optional "token". Default: five embedded concepts.',
+            '...], each with an optional "token"; DIR is relative to the working directory. '
+            "Default: five embedded concepts.",
         ),
     ] = None,
     training: TrainingConfig,

@@ -107,11 +107,10 @@ def _folders(spec: FolderConcepts, tuning: bool) -> Material:
     file = spec.tuning_list if tuning else spec.concepts_list
     if file is None:
         raise InputError("--sequence: tuning_list is missing; name concepts to tune on")
-    entries = load_concepts_list(file)
+    entries = load_concepts_list(file, file.parent)
     if tuning:
-        evaluated = {
-            one.instance_data_dir.resolve() for one in load_concepts_list(spec.concepts_list)
-        }
+        listed = load_concepts_list(spec.concepts_list, spec.concepts_list.parent)
+        evaluated = {one.instance_data_dir.resolve() for one in listed}
         for entry in entries:
             if entry.instance_data_dir.resolve() in evaluated:
                 raise InputError(

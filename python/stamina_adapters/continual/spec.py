@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specification of a benchmark: a JSON file that says everything but methods and seeds to run.
 
-Relative paths in the file are relative to it. Unknown keys are refused.
+Relative paths in the file are relative to it, and those in a list of concepts that it names to the
+list. Unknown keys are refused.
 """
 
 import json
@@ -47,6 +48,8 @@ class EmbeddedConcepts(_Part):
 
 class FolderConcepts(_Part):
     """Image folders, as `stamina train` takes them; real pictures are those learned from.
+
+    Relative folders in a list are relative to the list, not to the working directory.
 
     `families` holds one word for each concept, for the level that the family's word alone reaches;
     without it that level is left out.

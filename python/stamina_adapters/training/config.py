@@ -172,8 +172,11 @@ def describe(error: ValidationError) -> str:
     return f"{key}: {message}, not {first['input']!r}" if key else message
 
 
-def load_concepts_list(path: Path) -> list[ConceptSpec]:
+def load_concepts_list(path: Path, folder: Path | None = None) -> list[ConceptSpec]:
     """Read a concepts list: a JSON list of objects with the keys of `ConceptSpec`.
+
+    A relative `instance_data_dir` is relative to `folder`: None is the working directory, as the
+    commands take a list; those that a benchmark's specification names are given their own folder.
 
     Raises `InputError` when the file is missing, is no such list, holds an unknown key, or names
     one token twice.
@@ -194,9 +197,13 @@ def load_concepts_list(path: Path) -> list[ConceptSpec]:
         if not isinstance(entry, dict):
             raise InputError(f"{argument}: entry {index} must be an object, not {entry!r}")
         try:
-            concepts.append(ConceptSpec.model_validate(entry))
+            concept = ConceptSpec.model_validate(entry)
         except ValidationError as error:
             raise InputError(f"{argument}: entry {index}: {describe(error)}") from error
+        if folder is not None:
+            images = folder / concept.instance_data_dir
+            concept = concept.model_copy(update={"instance_data_dir": images})
+        concepts.append(concept)
     check_distinct(concepts, argument)
     return concepts
 
