@@ -40,6 +40,7 @@ def test_a_concept_list_in_the_custom_diffusion_spelling(tmp_path):
         ([_entry(instance_prompt="<a> and <b>")], "holds 2 words like <v1>"),
         ([_entry(instance_prompt=" ")], "words like <v1>"),
         ([_entry(token="<v9>")], "token '<v9>' is not a word of instance_prompt"),
+        ([_entry(instance_prompt="a <v1>, by day")], "with a space on either side, before a comma"),
         ([_entry(instance_prompt="a <>", token="<>")], "token '<>' is nothing but brackets"),
         ([_entry(), _entry()], "entry 1: token '<v1>' is used twice"),
         ([_entry(), _entry(instance_prompt="<V1>")], "entry 1: token '<V1>' is used twice"),

@@ -143,7 +143,8 @@ class ConceptSpec(BaseModel):
     def _token_in_prompt(self) -> "ConceptSpec":
         if self.token not in self.instance_prompt.split():
             raise ValueError(
-                f"token {self.token!r} is not a word of instance_prompt {self.instance_prompt!r}"
+                f"token {self.token!r} is not a word of instance_prompt {self.instance_prompt!r}; "
+                "write it there with a space on either side, before a comma too"
             )
         if not self.name:
             raise ValueError(f"token {self.token!r} is nothing but brackets; put a name in them")
