@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from stamina_adapters.concept import ConceptState, Tokens, weight_digest
-from stamina_adapters.guards import check_weights_in_use, hook_scale, release_live, release_pipeline
+from stamina_adapters.guards import (
+    check_weights_in_use,
+    has_peft_layers,
+    hook_scale,
+    release_live,
+    release_pipeline,
+)
 from stamina_adapters.linear import WEIGHT_INIT
 from stamina_adapters.models import (
     FoldedConcept,
@@ -176,8 +182,11 @@ def detach_live(model: nn.Module, state: ModelState) -> None:
     """Give the live layers their plain type back and drop their adapter."""
     if state.live is not None:
         release_live(model, state.live.layers)
+        frozen = has_peft_layers(model)  # by PEFT, before us or since: all but its own
         for layer in state.live.layers.values():
             layer.detach()
+            if frozen:
+                layer.requires_grad_(False)
         state.live = None
 
 

@@ -175,7 +175,8 @@ def check_not_shared(model: nn.Module, paths: Iterable[str]) -> None:
             raise TypeError(f"target {path!r} shares its weight: {', '.join(others)}")
 
 
-def _has_peft_layers(model: nn.Module) -> bool:
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put layers of its own into `model`."""
     return any(hasattr(module, "scale_layer") for module in model.modules())
 
 
@@ -189,7 +190,7 @@ class ScaleGuard:
             if scale == 1.0 or state is None or not state.enabled or not state.names:
                 continue
             # with PEFT layers and folded concepts only, the scale is meant for PEFT and applied
-            if state.live is None and _has_peft_layers(model):
+            if state.live is None and has_peft_layers(model):
                 continue
             raise ValueError(
                 f"{carrier}={{'scale': {scale}}} does not reach STAMINA adapters "

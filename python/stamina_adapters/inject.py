@@ -3,7 +3,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from stamina_adapters.models import (
     keep_state,
     stamina_layers,
 )
-from stamina_adapters.tokens import token_generators
+from stamina_adapters.tokens import live_tokens
 
 _PEFT = ".base_layer"
 
@@ -149,13 +149,35 @@ def _require_layers(pipe_or_module: Any, action: str) -> dict[str, StaminaLinear
     return layers
 
 
+def _check_trainable(owner: str, parameters: Iterable[nn.Parameter]) -> None:
+    if not all(parameter.requires_grad for parameter in parameters):
+        raise RuntimeError(
+            f"{owner}: its live parameters must have requires_grad=True, got False: something "
+            "froze them after they were attached, as requires_grad_(False) on the whole model or "
+            "adding a LoRA to it does. Do that before apply_stamina and add_custom_token, or call "
+            "requires_grad_(True) on A, B and mask of every layer and on the tokens' modules"
+        )
+
+
+def _require_trainable_tokens(pipe_or_module: Any) -> list[nn.Module]:
+    tokens = live_tokens(pipe_or_module)
+    for token, module in tokens:
+        _check_trainable(f"token {token!r}", module.parameters())
+    return [module for _, module in tokens]
+
+
 def stamina_parameters(pipe_or_module: Any) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters: "factors" (A, B), "mask" (mask generators), "token" (custom tokens)."""
-    layers = stamina_layers(pipe_or_module).values()
+    """Trainable parameters: "factors" (A, B), "mask" (mask generators), "token" (custom tokens).
+
+    Raises RuntimeError where something froze one of them since it was attached.
+    """
+    layers = stamina_layers(pipe_or_module)
+    for path, layer in layers.items():
+        _check_trainable(f"layer {path!r}", (layer.A, layer.B, *layer.mask.parameters()))
     return {
-        "factors": [p for layer in layers for p in (layer.A, layer.B)],
-        "mask": [p for layer in layers for p in layer.mask.parameters()],
-        "token": [p for g in token_generators(pipe_or_module) for p in g.parameters()],
+        "factors": [p for layer in layers.values() for p in (layer.A, layer.B)],
+        "mask": [p for layer in layers.values() for p in layer.mask.parameters()],
+        "token": [p for m in _require_trainable_tokens(pipe_or_module) for p in m.parameters()],
     }
 
 
@@ -167,12 +189,20 @@ def _fill(layers: dict[str, StaminaLinear], name: str, value: float) -> None:
 
 
 def set_stamina_step(pipe_or_module: Any, step: int) -> None:
-    """Set the optimiser step, which selects the random masks: equal steps draw equal masks."""
+    """Set the optimiser step, which selects the random masks: equal steps draw equal masks.
+
+    Raises RuntimeError where something froze a live parameter: no step would train it.
+    """
     if isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step must be an int, got {type(step).__name__}")
     if not 0 <= step < 1 << 63:
         raise ValueError(f"step must be in [0, 2^63), got {step}")
-    _fill(_require_layers(pipe_or_module, "set_stamina_step"), "step", step)
+    layers = _require_layers(pipe_or_module, "set_stamina_step")
+    for path, layer in layers.items():
+        # in every step: what freezes a model freezes A too
+        _check_trainable(f"layer {path!r}", (layer.A,))
+    _require_trainable_tokens(pipe_or_module)
+    _fill(layers, "step", step)
 
 
 def set_stamina_penalties(

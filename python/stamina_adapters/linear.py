@@ -167,10 +167,15 @@ class StaminaLinear(nn.Linear):
         return layer
 
     def detach(self) -> nn.Linear:
-        """Drop the adapter and become a plain `nn.Linear` again."""
-        self.weight.requires_grad_(self.adapter.weight_required_grad)
-        if self.bias is not None:
-            self.bias.requires_grad_(self.adapter.bias_required_grad)
+        """Drop the adapter and become a plain `nn.Linear` again.
+
+        Weight and bias get their `requires_grad` back, unless the adapter was frozen since: what
+        froze it meant them too.
+        """
+        if self.A.requires_grad:
+            self.weight.requires_grad_(self.adapter.weight_required_grad)
+            if self.bias is not None:
+                self.bias.requires_grad_(self.adapter.bias_required_grad)
         for name in ("A", "B", "preconditioner", "mask", *_SCALARS, *_PLAIN):
             delattr(self, name)
         change_class(self, nn.Linear)

@@ -242,14 +242,15 @@ def enter_folded_tokens(pipe: Any, component: str, tokens: dict[str, Tensor], co
         _enter(vocabulary, TokenRecord(token, None, vector, concept))
 
 
-def token_generators(pipe_or_module: Any) -> list[nn.Module]:
-    """The modules of all live tokens of a pipeline, or of a text encoder."""
+def live_tokens(pipe_or_module: Any) -> list[tuple[str, nn.Module]]:
+    """(token, its module) of every live token of a pipeline, or of a text encoder."""
     if isinstance(pipe_or_module, nn.Module):
-        roots = [unwrap(pipe_or_module)]
+        encoders = [unwrap(pipe_or_module)]
     else:
-        roots = [encoder for _, encoder in text_encoders(pipe_or_module)]
-    tables = [m for root in roots for m in root.modules() if isinstance(m, TokenEmbedding)]
-    return [module for table in tables for module in table.live]
+        encoders = [encoder for _, encoder in text_encoders(pipe_or_module)]
+    states: list[TokenState | None] = [encoder.__dict__.get(_STATE) for encoder in encoders]
+    records = [record for state in states if state is not None for record in state.records]
+    return [(record.token, record.module) for record in records if record.module is not None]
 
 
 @torch.no_grad()
