@@ -181,7 +181,7 @@ def sync_live(state: ModelState) -> None:
 def detach_live(model: nn.Module, state: ModelState) -> None:
     """Give the live layers their plain type back and drop their adapter."""
     if state.live is not None:
-        release_live(model, state.live.layers)
+        release_live(model, state.live)
         frozen = has_peft_layers(model)  # by PEFT, before us or since: all but its own
         for layer in state.live.layers.values():
             layer.detach()

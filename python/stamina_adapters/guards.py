@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from stamina_adapters.hooks import has_foreign_forward
-from stamina_adapters.models import ModelState, base_layer, find_state, pipeline_models
+from stamina_adapters.models import LiveAdapter, ModelState, base_layer, find_state, pipeline_models
 from stamina_kernels.checks import FLOATS
 
 _FUSED_NAME = re.compile(r"(^|_)q?kv(_|$)|^query_key_value$")
@@ -78,27 +79,47 @@ def _parents(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in sorted(names)}
 
 
-def guard_live(model: nn.Module, name: str, paths: Iterable[str]) -> None:
-    """Refuse what would lose the live adapter `name`: saving and fusing its projections."""
+def _leave_output(*_: Any) -> None:
+    pass
+
+
+def _hook_encoder_layers(model: nn.Module, paths: Iterable[str]) -> list[RemovableHandle]:
+    """Have PyTorch's encoder layers call their linears at `paths`.
+
+    Their fast path in eval mode reads the weights instead, and is not taken where there are hooks.
+    """
+    return [
+        parent.register_forward_hook(_leave_output)
+        for parent in _parents(model, paths).values()
+        if isinstance(parent, nn.TransformerEncoderLayer)
+    ]
+
+
+def guard_live(model: nn.Module, live: LiveAdapter) -> None:
+    """Refuse what would lose the live adapter, saving and fusing its projections, and turn off what
+    would pass it by."""
     refuse(
         model,
         "save_pretrained",
-        f"save_pretrained would lose the unfolded adapter {name!r}: call fold_stamina (or "
+        f"save_pretrained would lose the unfolded adapter {live.name!r}: call fold_stamina (or "
         "unload_stamina) first",
     )
     message = (
-        f"fusing projections would drop the adapter {name!r}, which lives on them: call "
+        f"fusing projections would drop the adapter {live.name!r}, which lives on them: call "
         "fold_stamina (or unload_stamina) first"
     )
     refuse(model, "fuse_qkv_projections", message)
-    for parent in _parents(model, paths).values():
+    for parent in _parents(model, live.layers).values():
         refuse(parent, "fuse_projections", message)
+    live.hooks = _hook_encoder_layers(model, live.layers)
 
 
-def release_live(model: nn.Module, paths: Iterable[str]) -> None:
+def release_live(model: nn.Module, live: LiveAdapter) -> None:
     """Undo `guard_live`."""
+    for hook in live.hooks:
+        hook.remove()
     allow(model, "save_pretrained", "fuse_qkv_projections")
-    for parent in _parents(model, paths).values():
+    for parent in _parents(model, live.layers).values():
         allow(parent, "fuse_projections")
 
 

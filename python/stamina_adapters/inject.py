@@ -137,7 +137,7 @@ def apply_stamina(
     keep_state(model, state)
     state.live = LiveAdapter(adapter_name, config, layers)
     hook_scale(model, state)
-    guard_live(model, adapter_name, layers)
+    guard_live(model, state.live)
     guard_pipeline(pipe_or_module)
     return list(layers)
 

@@ -187,9 +187,14 @@ class StaminaLinear(nn.Linear):
         return self._buffers.get(WEIGHT_INIT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> [..., O]."""
+        """x [..., I] -> [..., O]. TypeError for a nested tensor."""
         if not self.active:
             return super().forward(x)
+        if x.is_nested:
+            raise TypeError(
+                "x must not be a nested tensor while the adapter is live: pass "
+                "enable_nested_tensor=False to nn.TransformerEncoder"
+            )
         return project_group([self], x)[0]
 
     def set_preconditioner(self, C: Tensor) -> None:
