@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stamina_adapters.concept import ConceptState, Tokens, weight_digest
-from stamina_adapters.guards import (
-    check_weights_in_use,
-    has_peft_layers,
-    hook_scale,
-    release_live,
-    release_pipeline,
-)
+from stamina_adapters.guards import check_weights_in_use, hook_scale, release_live, release_pipeline
 from stamina_adapters.linear import WEIGHT_INIT
 from stamina_adapters.models import (
     FoldedConcept,
@@ -38,6 +32,7 @@ from stamina_adapters.tokens import (
     fold_vectors,
     live_vectors,
 )
+from stamina_adapters.wrappers import check_layers_are_called, has_peft_layers
 from stamina_kernels import CommittedAdapter, fold_
 from stamina_kernels.checks import FLOATS
 
@@ -156,6 +151,7 @@ def refold(model: nn.Module, before: Sequence[FoldedConcept], state: ModelState)
 def _committed(
     model: nn.Module, state: ModelState, live: LiveAdapter, tokens: Tokens
 ) -> ConceptState:
+    check_layers_are_called(model, live.layers)
     check_weights_in_use(model, live.layers)
     layers = {}
     for path, layer in live.layers.items():
@@ -200,8 +196,8 @@ def fold_stamina(pipe_or_module: Any) -> ConceptState:
 
     On a pipeline its live tokens are folded too and belong to the concept. Returns what
     `save_stamina_weights` files. Raises RuntimeError where no adapter is live (so folding twice
-    does), ValueError for a value that is not finite, OverflowError where a weight leaves its
-    dtype's range. Then nothing has been changed.
+    does), TypeError where a wrapper left it out, ValueError for a value that is not finite,
+    OverflowError where a weight leaves its dtype's range. Then nothing has been changed.
     """
     model = adapted_model(pipe_or_module)
     state, live = require_live(model, "fold_stamina")

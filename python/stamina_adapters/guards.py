@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stamina_adapters.hooks import has_foreign_forward
 from stamina_adapters.models import LiveAdapter, ModelState, base_layer, find_state, pipeline_models
+from stamina_adapters.wrappers import WrapperGuard, has_peft_layers
 from stamina_kernels.checks import FLOATS
 
 _FUSED_NAME = re.compile(r"(^|_)q?kv(_|$)|^query_key_value$")
@@ -112,6 +113,7 @@ def guard_live(model: nn.Module, live: LiveAdapter) -> None:
     for parent in _parents(model, live.layers).values():
         refuse(parent, "fuse_projections", message)
     live.hooks = _hook_encoder_layers(model, live.layers)
+    live.hooks.append(model.register_forward_pre_hook(WrapperGuard(model, live.layers)))
 
 
 def release_live(model: nn.Module, live: LiveAdapter) -> None:
@@ -194,11 +196,6 @@ def check_not_shared(model: nn.Module, paths: Iterable[str]) -> None:
         others = owners[id(base_layer(model.get_submodule(path)).weight)]
         if len(others) > 1:
             raise TypeError(f"target {path!r} shares its weight: {', '.join(others)}")
-
-
-def has_peft_layers(model: nn.Module) -> bool:
-    """Whether PEFT has put layers of its own into `model`."""
-    return any(hasattr(module, "scale_layer") for module in model.modules())
 
 
 class ScaleGuard:

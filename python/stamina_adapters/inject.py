@@ -32,6 +32,7 @@ from stamina_adapters.models import (
     stamina_layers,
 )
 from stamina_adapters.tokens import live_tokens
+from stamina_adapters.wrappers import check_layers_are_called
 
 _PEFT = ".base_layer"
 
@@ -106,8 +107,9 @@ def apply_stamina(
     `stamina_eval` says otherwise. One adapter is live at a time; earlier ones are folded.
 
     Raises ValueError where a target matches nothing or the name is taken, TypeError naming a
-    layer that is not a plain linear, RuntimeError where an adapter is live already or the
-    weights are fused, offloaded or merged. Then nothing has been changed.
+    layer that is not a plain linear or whose wrapper does not call it, RuntimeError where an
+    adapter is live already or the weights are fused, offloaded or merged. Then nothing has been
+    changed.
     """
     config = StaminaConfig() if config is None else config
     model = adapted_model(pipe_or_module)
@@ -116,6 +118,7 @@ def apply_stamina(
     if not state.enabled:
         raise RuntimeError("the folded concepts are disabled: call enable_stamina first")
     targets = find_targets(model, config.target_modules)
+    check_layers_are_called(model, targets)
     for path, layer in targets.items():
         check_target(path, layer)
     check_weights_in_use(model, targets)
