@@ -2,13 +2,13 @@
 """Refusals: what would silently lose or double an adapter raises instead."""
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from stamina_adapters.hooks import has_foreign_forward
+from stamina_adapters.hooks import has_foreign_forward, is_on_disk
 from stamina_adapters.models import LiveAdapter, ModelState, base_layer, find_state, pipeline_models
 from stamina_adapters.wrappers import WrapperGuard, has_peft_layers
 from stamina_kernels.checks import FLOATS
@@ -138,10 +138,22 @@ def _projections_are_fused(attention: nn.Module) -> bool:
 def check_reachable(layer: Any, name: str) -> None:
     """Raise where the layer's weight is elsewhere, or its forward has been taken over."""
     if layer.weight.is_meta or has_foreign_forward(layer):
-        raise RuntimeError(
-            f"{name!r} is offloaded or cast layer by layer: undo that first (remove_all_hooks), "
-            "and turn it on again afterwards"
-        )
+        _fail_unreachable(name)
+
+
+def _fail_unreachable(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name!r} is offloaded or cast layer by layer: undo that first (remove_all_hooks), "
+        "and turn it on again afterwards"
+    )
+
+
+def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that hold the one at `path`, from the model down."""
+    module = model
+    for name in path.split("."):
+        yield module
+        module = module.get_submodule(name)
 
 
 def check_weights_in_use(model: nn.Module, paths: Iterable[str]) -> None:
@@ -162,6 +174,8 @@ def check_weights_in_use(model: nn.Module, paths: Iterable[str]) -> None:
                 )
             module = inner
         check_reachable(module, path)
+        if any(map(is_on_disk, _above(model, path))):  # whose files replace what is written here
+            _fail_unreachable(path)
 
 
 def check_target(path: str, layer: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers import StableDiffusionPipeline
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from stamina_adapters import (
     StaminaLinear,
@@ -112,6 +113,43 @@ def test_sequential_offload(pipe, learn, render, processor):
     remove_hook_from_module(pipe.unet, recurse=True)
     fold_stamina(pipe)
     assert type(pipe.unet.get_submodule(paths[0])) is nn.Linear
+
+
+def offload_in_groups(unet, folder=None):
+    cpu = torch.device("cpu")
+    apply_group_offloading(
+        unet,
+        onload_device=cpu,
+        offload_device=cpu,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        offload_to_disk_path=folder,
+    )
+
+
+def test_groups_offloaded_to_disk_are_never_written_to(pipe, learn, render, tmp_path):
+    other = copy.deepcopy(pipe.unet)
+    path = learn(pipe)[0]
+    set_stamina_mask_mode(pipe, "hard")
+    live = render(pipe)
+    for unet in (pipe.unet, other):
+        offload_in_groups(unet, str(tmp_path))
+    for call in (fold_stamina, fuse_stamina, unload_stamina):
+        with pytest.raises(RuntimeError, match=f"'{path}' is offloaded"):
+            call(pipe)
+    assert torch.equal(render(pipe), live)
+    with pytest.raises(RuntimeError, match=f"'{path}' is offloaded"):
+        apply_stamina(other)
+
+
+def test_groups_offloaded_to_memory_are_folded_into(pipe, learn, render):
+    offload_in_groups(pipe.unet)
+    learn(pipe)
+    set_stamina_mask_mode(pipe, "hard")
+    live = render(pipe)
+    fold_stamina(pipe)
+    # fp16 factors of the committed adapter
+    torch.testing.assert_close(render(pipe), live, rtol=0, atol=2e-3)
 
 
 def test_offloaded_models_take_no_adapter_and_no_token(pipe):
