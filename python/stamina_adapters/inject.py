@@ -2,7 +2,6 @@
 """Attaching an adapter to a model, and setting what changes while it trains."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from stamina_adapters.tokens import live_tokens
 from stamina_adapters.wrappers import check_layers_are_called
 
 _PEFT = ".base_layer"
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _hash(text: str, bits: int) -> int:
@@ -219,8 +219,8 @@ def set_stamina_penalties(
     """
     weights = {"forget": forget, "sparse": sparse}
     for name, value in weights.items():
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
+        if value is not None and not abs(value) <= _LARGEST:
+            raise ValueError(f"{name} must be finite in torch.float32, got {value}")
     layers = _require_layers(pipe_or_module, "set_stamina_penalties")
     for name, value in weights.items():
         if value is not None:

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from stamina_adapters import (
     StaminaConfig,
     StaminaLinear,
+    TokenConfig,
     add_custom_token,
     apply_stamina,
     fold_stamina,
@@ -139,6 +140,41 @@ def test_parameters_are_all_of_them_and_fp32(pipe):
     assert len(groups["factors"]) == 16 and groups["mask"] and not groups["token"]
 
 
+@pytest.fixture
+def restored_defaults():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("generator", ["embedding_mlp", "constant_mlp", "free"])
+@pytest.mark.parametrize("token", ["mlp", "direct"])
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda: torch.set_default_dtype(torch.bfloat16),
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.set_default_device("meta"),
+    ],
+    ids=["bfloat16", "float64", "meta"],
+)
+def test_torchs_defaults_change_no_bit(pipe, pipe_of, restored_defaults, generator, token, choose):
+    other = pipe_of(pipe)
+
+    def attach(target):
+        paths = apply_stamina(target, StaminaConfig(r=2, mask_generator=generator))
+        add_custom_token(target, "<v1>", TokenConfig(generator=token))
+        buffers = target.unet.get_submodule(paths[0])._buffers.values()
+        parameters = sum(stamina_parameters(target).values(), [])
+        return [t for t in (*parameters, *buffers) if t is not None]
+
+    wanted = attach(pipe)
+    choose()
+    found = attach(other)
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == want.dtype and got.device == want.device and torch.equal(got, want)
+
+
 def lora(model, *targets):
     model.add_adapter(LoraConfig(r=2, target_modules=list(targets)))
 
@@ -215,6 +251,7 @@ def test_eval_restores_after_an_error(pipe, learn):
         (lambda p: set_stamina_step(p, 1.5), TypeError, "step must be an int, got float"),
         (lambda p: set_stamina_penalties(p, forget=float("nan")), ValueError, "forget must be fin"),
         (lambda p: set_stamina_penalties(p, sparse=float("inf")), ValueError, "sparse must be fin"),
+        (lambda p: set_stamina_penalties(p, sparse=1e39), ValueError, "finite in torch.float32"),
         (lambda p: set_stamina_mask_mode(p, "soft"), ValueError, "mode must be 'sample' or 'hard'"),
     ],
 )
