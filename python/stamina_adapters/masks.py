@@ -28,11 +28,12 @@ def _normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> nn.Par
 
 
 class MaskGenerator(nn.Module):
-    """Base of the generators: holds b and calls `_factors` in fp32 with autocast off."""
+    """Base of the generators: holds b [1] and calls `_factors` in fp32 with autocast off."""
 
     def __init__(self, density_init: float) -> None:
         super().__init__()
-        self.b = nn.Parameter(torch.tensor(math.log(density_init / (1 - density_init)), **FP32))
+        # of one element, because fully_shard takes no 0-dim parameter
+        self.b = nn.Parameter(torch.tensor([math.log(density_init / (1 - density_init))], **FP32))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -41,7 +42,13 @@ class MaskGenerator(nn.Module):
         """U [O, m], V [m, I], b []."""
         with torch.autocast(self.b.device.type, enabled=False):
             U, V = self._factors()
-        return U, V, self.b
+        return U, V, self.b.squeeze()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        b = state_dict.get(prefix + "b")
+        if b is not None and b.dim() == 0:  # as it was once kept
+            state_dict[prefix + "b"] = b[None]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class FreeFactors(MaskGenerator):
@@ -167,7 +174,7 @@ def mask_factors(masks: Sequence[nn.Module]) -> list[Factors]:
     if len(plain) < len(masks):
         return [mask() for mask in masks]
     outputs = iter(kernels.embedding_mlp([mlp for mask in plain for mlp in mask.mlps()]))
-    return [(U, V, mask.b) for mask, U, V in zip(plain, outputs, outputs, strict=True)]
+    return [(U, V, mask.b.squeeze()) for mask, U, V in zip(plain, outputs, outputs, strict=True)]
 
 
 def _is_plain(mask: EmbeddingMLPFactors) -> bool:

@@ -103,6 +103,14 @@ def test_config_scale_and_frozen():
         StaminaConfig().r = 3
 
 
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_states_whose_b_has_no_dimension_load(kind):
+    state = make(kind, density_init=0.3).state_dict()
+    module = make(kind, seed=1)
+    module.load_state_dict(state | {"b": state["b"].squeeze()})
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["embedding_mlp", "free"])
 def test_no_activation_is_kept_for_the_backward(kind):
     module = make(kind)
