@@ -132,8 +132,11 @@ def refold(model: nn.Module, before: Sequence[FoldedConcept], state: ModelState)
     layers = {path: layer_at(model, path) for path in paths}
     fresh = [path for path, layer in layers.items() if WEIGHT_INIT not in layer._buffers]
     for path in fresh:
-        weight = layers[path].weight.detach().clone()  # type: ignore[union-attr, operator]
-        layers[path].register_buffer(WEIGHT_INIT, weight, persistent=False)
+        weight: Tensor = layers[path].weight  # type: ignore[assignment]
+        # under inference_mode too W_init must be fit for training, where W is
+        with torch.inference_mode(weight.is_inference()):
+            initial = weight.detach().clone()
+        layers[path].register_buffer(WEIGHT_INIT, initial, persistent=False)
     try:
         _write(layers, after)
     except Exception:

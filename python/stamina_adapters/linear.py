@@ -115,6 +115,7 @@ class StaminaLinear(nn.Linear):
     hard: bool
 
     @classmethod
+    @torch.inference_mode(False)  # or nothing made here could be trained afterwards
     def attach(
         cls,
         linear: nn.Linear,

@@ -205,6 +205,7 @@ def _leave(vocabulary: _Vocabulary, dropped: Callable[[TokenRecord], bool]) -> N
         _enter(vocabulary, record)
 
 
+@torch.inference_mode(False)  # or the module made here could not be trained afterwards
 def add_custom_token(
     pipe: Any, token: str, config: TokenConfig | None = None, text_encoder: str = "text_encoder"
 ) -> nn.Module:
