@@ -4,10 +4,12 @@
 The sizes are this library's own: the paper's are not published with its sources.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+_FP32 = torch.finfo(torch.float32)  # that of the operator's scalars
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -45,14 +47,14 @@ class StaminaConfig(BaseModel):
     )
     logit_std: float = Field(
         default=1.0,
-        gt=0,
-        allow_inf_nan=False,
+        ge=_FP32.tiny,
+        le=_FP32.max,
         description="standard deviation of U V at the start",
     )
     tau: float = Field(
         default=1.0,
-        gt=0,
-        allow_inf_nan=False,
+        ge=_FP32.tiny,
+        le=_FP32.max,
         description="temperature of the straight-through gradient; the mask does not depend on it",
     )
     sparse_kind: Literal["sigmoid", "relu"] = Field(
@@ -61,6 +63,14 @@ class StaminaConfig(BaseModel):
     seed: Seed = Field(
         default=0, description="seeds the initial factors and, with the adapter's name, the masks"
     )
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        if not _FP32.tiny <= self.scale <= _FP32.max:
+            raise ValueError(
+                f"alpha / r must be between {_FP32.tiny} and {_FP32.max}, got {self.scale}"
+            )
+        return self
 
     @property
     def scale(self) -> float:

@@ -39,6 +39,7 @@ from stamina_adapters.models import (
     require_live,
 )
 from stamina_adapters.tokens import enter_folded_tokens, fold_vectors, live_vectors
+from stamina_adapters.wrappers import check_layers_are_called, has_peft_layers
 from stamina_kernels import CommittedAdapter, fold_
 
 
@@ -133,8 +134,11 @@ def refold(model: nn.Module, before: Sequence[FoldedConcept], state: ModelState)
     check_untouched(model, before)
     fresh = [path for path, layer in layers.items() if WEIGHT_INIT not in layer._buffers]
     for path in fresh:
-        weight = layers[path].weight.detach().clone()  # type: ignore[union-attr, operator]
-        layers[path].register_buffer(WEIGHT_INIT, weight, persistent=False)
+        weight: Tensor = layers[path].weight  # type: ignore[assignment]
+        # under inference_mode too W_init must be fit for training, where W is
+        with torch.inference_mode(weight.is_inference()):
+            initial = weight.detach().clone()
+        layers[path].register_buffer(WEIGHT_INIT, initial, persistent=False)
     try:
         _write(layers, after)
     except Exception:
@@ -152,6 +156,7 @@ def refold(model: nn.Module, before: Sequence[FoldedConcept], state: ModelState)
 def _committed(
     model: nn.Module, state: ModelState, live: LiveAdapter, tokens: Tokens
 ) -> ConceptState:
+    check_layers_are_called(model, live.layers)
     check_weights_in_use(model, live.layers)
     layers = {}
     for path, layer in live.layers.items():
@@ -177,9 +182,12 @@ def sync_live(state: ModelState) -> None:
 def detach_live(model: nn.Module, state: ModelState) -> None:
     """Give the live layers their plain type back and drop their adapter."""
     if state.live is not None:
-        release_live(model, state.live.layers)
+        release_live(model, state.live)
+        frozen = has_peft_layers(model)  # by PEFT, before us or since: all but its own
         for layer in state.live.layers.values():
             layer.detach()
+            if frozen:
+                layer.requires_grad_(False)
         state.live = None
 
 
@@ -193,8 +201,9 @@ def fold_stamina(pipe_or_module: Any) -> ConceptState:
 
     On a pipeline its live tokens are folded too and belong to the concept. Returns what
     `save_stamina_weights` files. Raises RuntimeError where no adapter is live (so folding twice
-    does) or a live token's table or tokenizer was replaced, ValueError for a value that is not
-    finite, OverflowError where a weight leaves its dtype's range. Then nothing has been changed.
+    does) or a live token's table or tokenizer was replaced, TypeError where a wrapper left the
+    adapter out, ValueError for a value that is not finite, OverflowError where a weight leaves its
+    dtype's range. Then nothing has been changed.
     """
     model = adapted_model(pipe_or_module)
     state, live = require_live(model, "fold_stamina")

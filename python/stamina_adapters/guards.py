@@ -2,21 +2,24 @@
 """Refusals: what would silently lose or double an adapter raises instead."""
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from stamina_adapters.hooks import has_foreign_forward
+from stamina_adapters.hooks import has_foreign_forward, is_on_disk
 from stamina_adapters.linear import WEIGHT_INIT, StaminaLinear
 from stamina_adapters.models import (
     FoldedConcept,
+    LiveAdapter,
     ModelState,
     base_layer,
     find_state,
     layer_at,
     pipeline_models,
 )
+from stamina_adapters.wrappers import WrapperGuard, has_peft_layers
 from stamina_kernels.checks import FLOATS
 
 _FUSED_NAME = re.compile(r"(^|_)q?kv(_|$)|^query_key_value$")
@@ -96,29 +99,50 @@ def _parents(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in sorted(names)}
 
 
-def guard_live(model: nn.Module, name: str, paths: Iterable[str]) -> None:
-    """Refuse what would lose the live adapter `name`: saving and fusing its projections."""
+def _leave_output(*_: Any) -> None:
+    pass
+
+
+def _hook_encoder_layers(model: nn.Module, paths: Iterable[str]) -> list[RemovableHandle]:
+    """Have PyTorch's encoder layers call their linears at `paths`.
+
+    Their fast path in eval mode reads the weights instead, and is not taken where there are hooks.
+    """
+    return [
+        parent.register_forward_hook(_leave_output)
+        for parent in _parents(model, paths).values()
+        if isinstance(parent, nn.TransformerEncoderLayer)
+    ]
+
+
+def guard_live(model: nn.Module, live: LiveAdapter) -> None:
+    """Refuse what would lose the live adapter, saving and fusing its projections, and turn off what
+    would pass it by."""
     refuse(
         model,
         "save_pretrained",
         "adapter",
-        f"save_pretrained would lose the unfolded adapter {name!r}: call fold_stamina (or "
+        f"save_pretrained would lose the unfolded adapter {live.name!r}: call fold_stamina (or "
         "unload_stamina) first",
     )
     message = (
-        f"fusing projections would drop the adapter {name!r}, which lives on them: call "
+        f"fusing projections would drop the adapter {live.name!r}, which lives on them: call "
         "fold_stamina (or unload_stamina) first"
     )
     refuse(model, "fuse_qkv_projections", "adapter", message)
-    for parent in _parents(model, paths).values():
+    for parent in _parents(model, live.layers).values():
         refuse(parent, "fuse_projections", "adapter", message)
+    live.hooks = _hook_encoder_layers(model, live.layers)
+    live.hooks.append(model.register_forward_pre_hook(WrapperGuard(model, live.layers)))
 
 
-def release_live(model: nn.Module, paths: Iterable[str]) -> None:
+def release_live(model: nn.Module, live: LiveAdapter) -> None:
     """Undo `guard_live`."""
+    for hook in live.hooks:
+        hook.remove()
     for method in ("save_pretrained", "fuse_qkv_projections"):
         allow(model, method, "adapter")
-    for parent in _parents(model, paths).values():
+    for parent in _parents(model, live.layers).values():
         allow(parent, "fuse_projections", "adapter")
 
 
@@ -135,10 +159,22 @@ def _projections_are_fused(attention: nn.Module) -> bool:
 def check_reachable(layer: Any, name: str) -> None:
     """Raise where the layer's weight is elsewhere, or its forward has been taken over."""
     if layer.weight.is_meta or has_foreign_forward(layer):
-        raise RuntimeError(
-            f"{name!r} is offloaded or cast layer by layer: undo that first (remove_all_hooks), "
-            "and turn it on again afterwards"
-        )
+        _fail_unreachable(name)
+
+
+def _fail_unreachable(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name!r} is offloaded or cast layer by layer: undo that first (remove_all_hooks), "
+        "and turn it on again afterwards"
+    )
+
+
+def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that hold the one at `path`, from the model down."""
+    module = model
+    for name in path.split("."):
+        yield module
+        module = module.get_submodule(name)
 
 
 def check_weights_in_use(model: nn.Module, paths: Iterable[str]) -> None:
@@ -159,6 +195,8 @@ def check_weights_in_use(model: nn.Module, paths: Iterable[str]) -> None:
                 )
             module = inner
         check_reachable(module, path)
+        if any(map(is_on_disk, _above(model, path))):  # whose files replace what is written here
+            _fail_unreachable(path)
 
 
 def check_listed(
@@ -226,10 +264,6 @@ def check_not_shared(model: nn.Module, paths: Iterable[str]) -> None:
             raise TypeError(f"target {path!r} shares its weight: {', '.join(others)}")
 
 
-def _has_peft_layers(model: nn.Module) -> bool:
-    return any(hasattr(module, "scale_layer") for module in model.modules())
-
-
 class ScaleGuard:
     """Forward pre-hook of an adapted model: raises on an attention scale nobody would apply."""
 
@@ -240,7 +274,7 @@ class ScaleGuard:
             if scale == 1.0 or state is None or not state.enabled or not state.names:
                 continue
             # with PEFT layers and folded concepts only, the scale is meant for PEFT and applied
-            if state.live is None and _has_peft_layers(model):
+            if state.live is None and has_peft_layers(model):
                 continue
             raise ValueError(
                 f"{carrier}={{'scale': {scale}}} does not reach STAMINA adapters "

@@ -24,3 +24,11 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def is_on_disk(module: nn.Module) -> bool:
+    """Whether diffusers' group offloading keeps the weights below the module in files."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hooks = {} if registry is None else registry.hooks
+    configs = [getattr(hook, "config", None) for hook in hooks.values()]
+    return any(getattr(config, "offload_to_disk_path", None) for config in configs)

@@ -2,8 +2,7 @@
 """Attaching an adapter to a model, and setting what changes while it trains."""
 
 import hashlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -32,9 +31,11 @@ from stamina_adapters.models import (
     keep_state,
     stamina_layers,
 )
-from stamina_adapters.tokens import token_generators
+from stamina_adapters.tokens import live_tokens
+from stamina_adapters.wrappers import check_layers_are_called
 
 _PEFT = ".base_layer"
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _hash(text: str, bits: int) -> int:
@@ -107,9 +108,9 @@ def apply_stamina(
     `stamina_eval` says otherwise. One adapter is live at a time; earlier ones are folded.
 
     Raises ValueError where a target matches nothing or the name is taken, TypeError naming a
-    layer that is not a plain linear, RuntimeError where an adapter is live already, a layer was
-    adapted through another module, or the weights are fused, offloaded or merged. Then nothing has
-    been changed.
+    layer that is not a plain linear or whose wrapper does not call it, RuntimeError where an
+    adapter is live already, a layer was adapted through another module, or the weights are fused,
+    offloaded or merged. Then nothing has been changed.
 
     Only what is given knows of the adapter. One on a part (`pipe.unet.mid_block`) is folded and
     unloaded through that part: until then `save_pretrained` of the whole writes a model without it.
@@ -124,6 +125,7 @@ def apply_stamina(
         raise RuntimeError("the folded concepts are disabled: call enable_stamina first")
     targets = find_targets(model, config.target_modules)
     check_listed(model, state, stacked(state), targets)
+    check_layers_are_called(model, targets)
     for path, layer in targets.items():
         check_target(path, layer)
     check_weights_in_use(model, targets)
@@ -145,7 +147,7 @@ def apply_stamina(
     keep_state(model, state)
     state.live = LiveAdapter(adapter_name, config, layers)
     hook_scale(model, state)
-    guard_live(model, adapter_name, layers)
+    guard_live(model, state.live)
     guard_pipeline(pipe_or_module)
     return list(layers)
 
@@ -157,16 +159,36 @@ def _require_layers(pipe_or_module: Any, action: str) -> dict[str, StaminaLinear
     return layers
 
 
+def _check_trainable(owner: str, parameters: Iterable[nn.Parameter]) -> None:
+    if not all(parameter.requires_grad for parameter in parameters):
+        raise RuntimeError(
+            f"{owner}: its live parameters must have requires_grad=True, got False: something "
+            "froze them after they were attached, as requires_grad_(False) on the whole model or "
+            "adding a LoRA to it does. Do that before apply_stamina and add_custom_token, or call "
+            "requires_grad_(True) on A, B and mask of every layer and on the tokens' modules"
+        )
+
+
+def _require_trainable_tokens(pipe_or_module: Any) -> list[nn.Module]:
+    tokens = live_tokens(pipe_or_module)
+    for token, module in tokens:
+        _check_trainable(f"token {token!r}", module.parameters())
+    return [module for _, module in tokens]
+
+
 def stamina_parameters(pipe_or_module: Any) -> dict[str, list[nn.Parameter]]:
     """Trainable parameters: "factors" (A, B), "mask" (mask generators), "token" (custom tokens).
 
-    Raises RuntimeError where something replaced the token table that a live token's module is in.
+    Raises RuntimeError where something froze one of them since it was attached, or replaced the
+    token table that a live token's module is in.
     """
-    layers = stamina_layers(pipe_or_module).values()
+    layers = stamina_layers(pipe_or_module)
+    for path, layer in layers.items():
+        _check_trainable(f"layer {path!r}", (layer.A, layer.B, *layer.mask.parameters()))
     return {
-        "factors": [p for layer in layers for p in (layer.A, layer.B)],
-        "mask": [p for layer in layers for p in layer.mask.parameters()],
-        "token": [p for g in token_generators(pipe_or_module) for p in g.parameters()],
+        "factors": [p for layer in layers.values() for p in (layer.A, layer.B)],
+        "mask": [p for layer in layers.values() for p in layer.mask.parameters()],
+        "token": [p for m in _require_trainable_tokens(pipe_or_module) for p in m.parameters()],
     }
 
 
@@ -178,12 +200,20 @@ def _fill(layers: dict[str, StaminaLinear], name: str, value: float) -> None:
 
 
 def set_stamina_step(pipe_or_module: Any, step: int) -> None:
-    """Set the optimiser step, which selects the random masks: equal steps draw equal masks."""
+    """Set the optimiser step, which selects the random masks: equal steps draw equal masks.
+
+    Raises RuntimeError where something froze a live parameter: no step would train it.
+    """
     if isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step must be an int, got {type(step).__name__}")
     if not 0 <= step < 1 << 63:
         raise ValueError(f"step must be in [0, 2^63), got {step}")
-    _fill(_require_layers(pipe_or_module, "set_stamina_step"), "step", step)
+    layers = _require_layers(pipe_or_module, "set_stamina_step")
+    for path, layer in layers.items():
+        # in every step: what freezes a model freezes A too
+        _check_trainable(f"layer {path!r}", (layer.A,))
+    _require_trainable_tokens(pipe_or_module)
+    _fill(layers, "step", step)
 
 
 def set_stamina_penalties(
@@ -197,8 +227,8 @@ def set_stamina_penalties(
     """
     weights = {"forget": forget, "sparse": sparse}
     for name, value in weights.items():
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
+        if value is not None and not abs(value) <= _LARGEST:
+            raise ValueError(f"{name} must be finite in torch.float32, got {value}")
     layers = _require_layers(pipe_or_module, "set_stamina_penalties")
     for name, value in weights.items():
         if value is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.hooks import has_foreign_forward, has_hooks
-from stamina_adapters.masks import Factors, make_mask_generator, mask_factors
+from stamina_adapters.masks import FP32, Factors, make_mask_generator, mask_factors
 from stamina_kernels import CommittedAdapter, MaskedProjection, commit, masked_linear
 
 WEIGHT_INIT = "stamina_weight_init"
@@ -115,6 +115,7 @@ class StaminaLinear(nn.Linear):
     hard: bool
 
     @classmethod
+    @torch.inference_mode(False)  # or nothing made here could be trained afterwards
     def attach(
         cls,
         linear: nn.Linear,
@@ -136,14 +137,15 @@ class StaminaLinear(nn.Linear):
         device = linear.weight.device
         generator = torch.Generator().manual_seed(init_seed)
         mask = make_mask_generator(rows, columns, config, generator)
-        B = (torch.rand(config.r, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+        B = torch.rand(config.r, columns, generator=generator, **FP32) * 2 - 1
+        B /= math.sqrt(columns)
         scalars = {
-            "seed": torch.tensor(mask_seed),
-            "step": torch.tensor(0),
-            "scale": torch.tensor(config.scale),
-            "tau": torch.tensor(config.tau),
-            "forget_weight": torch.tensor(0.0),
-            "sparse_weight": torch.tensor(0.0),
+            "seed": torch.tensor(mask_seed, device=device),
+            "step": torch.tensor(0, device=device),
+            "scale": torch.tensor(config.scale, dtype=torch.float32, device=device),
+            "tau": torch.tensor(config.tau, dtype=torch.float32, device=device),
+            "forget_weight": torch.tensor(0.0, dtype=torch.float32, device=device),
+            "sparse_weight": torch.tensor(0.0, dtype=torch.float32, device=device),
         }
         change_class(linear, cls)
         layer = cast(StaminaLinear, linear)
@@ -155,22 +157,27 @@ class StaminaLinear(nn.Linear):
             bias_required_grad=linear.bias is not None and linear.bias.requires_grad,
         )
         layer.active, layer.hard = True, False
-        layer.A = nn.Parameter(torch.zeros(rows, config.r, device=device))
+        layer.A = nn.Parameter(torch.zeros(rows, config.r, dtype=torch.float32, device=device))
         layer.B = nn.Parameter(B.to(device))
         layer.mask = mask.to(device)
         layer.register_buffer("preconditioner", None, persistent=False)
         for name, value in scalars.items():
-            layer.register_buffer(name, value.to(device), persistent=False)
+            layer.register_buffer(name, value, persistent=False)
         layer.weight.requires_grad_(False)
         if layer.bias is not None:
             layer.bias.requires_grad_(False)
         return layer
 
     def detach(self) -> nn.Linear:
-        """Drop the adapter and become a plain `nn.Linear` again."""
-        self.weight.requires_grad_(self.adapter.weight_required_grad)
-        if self.bias is not None:
-            self.bias.requires_grad_(self.adapter.bias_required_grad)
+        """Drop the adapter and become a plain `nn.Linear` again.
+
+        Weight and bias get their `requires_grad` back, unless the adapter was frozen since: what
+        froze it meant them too.
+        """
+        if self.A.requires_grad:
+            self.weight.requires_grad_(self.adapter.weight_required_grad)
+            if self.bias is not None:
+                self.bias.requires_grad_(self.adapter.bias_required_grad)
         for name in ("A", "B", "preconditioner", "mask", *_SCALARS, *_PLAIN):
             delattr(self, name)
         change_class(self, nn.Linear)
@@ -182,9 +189,14 @@ class StaminaLinear(nn.Linear):
         return self._buffers.get(WEIGHT_INIT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> [..., O]."""
+        """x [..., I] -> [..., O]. TypeError for a nested tensor."""
         if not self.active:
             return super().forward(x)
+        if x.is_nested:
+            raise TypeError(
+                "x must not be a nested tensor while the adapter is live: pass "
+                "enable_nested_tensor=False to nn.TransformerEncoder"
+            )
         return project_group([self], x)[0]
 
     def set_preconditioner(self, C: Tensor) -> None:

@@ -8,6 +8,7 @@ plain Parameters, never `nn.Linear`, so that nothing that searches a model for l
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +19,21 @@ from stamina_adapters.config import StaminaConfig
 from stamina_adapters.hooks import has_hooks
 
 Factors = tuple[Tensor, Tensor, Tensor]
+# how parameters are made: torch's default dtype and device are the user's
+FP32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 def _normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, generator=generator) * std)
+    return nn.Parameter(torch.randn(*shape, generator=generator, **FP32) * std)
 
 
 class MaskGenerator(nn.Module):
-    """Base of the generators: holds b and calls `_factors` in fp32 with autocast off."""
+    """Base of the generators: holds b [1] and calls `_factors` in fp32 with autocast off."""
 
     def __init__(self, density_init: float) -> None:
         super().__init__()
-        self.b = nn.Parameter(torch.tensor(math.log(density_init / (1 - density_init))))
+        # of one element, because fully_shard takes no 0-dim parameter
+        self.b = nn.Parameter(torch.tensor([math.log(density_init / (1 - density_init))], **FP32))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -38,7 +42,13 @@ class MaskGenerator(nn.Module):
         """U [O, m], V [m, I], b []."""
         with torch.autocast(self.b.device.type, enabled=False):
             U, V = self._factors()
-        return U, V, self.b
+        return U, V, self.b.squeeze()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        b = state_dict.get(prefix + "b")
+        if b is not None and b.dim() == 0:  # as it was once kept
+            state_dict[prefix + "b"] = b[None]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class FreeFactors(MaskGenerator):
@@ -68,9 +78,9 @@ class EmbeddingMLP(nn.Module):
         super().__init__()
         self.embedding = _normal(generator, count, rank)
         self.weight1 = _normal(generator, self.HIDDEN, rank, std=rank**-0.5)
-        self.bias1 = nn.Parameter(torch.zeros(self.HIDDEN))
+        self.bias1 = nn.Parameter(torch.zeros(self.HIDDEN, **FP32))
         self.weight2 = _normal(generator, rank, self.HIDDEN, std=self.HIDDEN**-0.5)
-        self.bias2 = nn.Parameter(torch.zeros(rank))
+        self.bias2 = nn.Parameter(torch.zeros(rank, **FP32))
         with torch.no_grad():
             if count > 1:
                 # a column mean in U and one in V would shift every logit, hence the density
@@ -116,10 +126,10 @@ class ConstantMLP(nn.Module):
     def __init__(self, count: int, rank: int, std: float, generator: torch.Generator) -> None:
         super().__init__()
         self.shape = (count, rank)
-        self.weight1 = nn.Parameter(torch.ones(self.HIDDEN))
-        self.bias1 = nn.Parameter(torch.zeros(self.HIDDEN))
+        self.weight1 = nn.Parameter(torch.ones(self.HIDDEN, **FP32))
+        self.bias1 = nn.Parameter(torch.zeros(self.HIDDEN, **FP32))
         # the hidden units start equal to silu(1); different output weights tell them apart
-        std /= F.silu(torch.tensor(1.0)).item() * self.HIDDEN**0.5
+        std /= F.silu(torch.tensor(1.0, **FP32)).item() * self.HIDDEN**0.5
         self.weight2 = _normal(generator, count * rank, self.HIDDEN, std=std)
 
     def forward(self) -> Tensor:
@@ -164,7 +174,7 @@ def mask_factors(masks: Sequence[nn.Module]) -> list[Factors]:
     if len(plain) < len(masks):
         return [mask() for mask in masks]
     outputs = iter(kernels.embedding_mlp([mlp for mask in plain for mlp in mask.mlps()]))
-    return [(U, V, mask.b) for mask, U, V in zip(plain, outputs, outputs, strict=True)]
+    return [(U, V, mask.b.squeeze()) for mask, U, V in zip(plain, outputs, outputs, strict=True)]
 
 
 def _is_plain(mask: EmbeddingMLPFactors) -> bool:

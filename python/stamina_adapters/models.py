@@ -21,13 +21,14 @@ _TEXT_ENCODER = re.compile(r"([a-z]\w*_)?text_encoder(_\w+)?")
 @dataclass
 class LiveAdapter:
     """The adapter in training; `weight` multiplies its scale, `fused` holds its committed values
-    while they are in the model's weights."""
+    while they are in the model's weights, `hooks` goes with it."""
 
     name: str
     config: StaminaConfig
     layers: dict[str, StaminaLinear]
     weight: float = 1.0
     fused: ConceptState | None = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 @dataclass

@@ -7,7 +7,9 @@ the first layer of a forward computes them for all: a few launches instead of on
 
 import inspect
 import logging
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +23,28 @@ _log = logging.getLogger(__name__)
 _SOURCE = "encoder_hidden_states"
 
 
+@dataclass
+class _Forward:
+    """A forward of the model: the encoder's states, whether gradients were on at its entry, and
+    what the first layer that asked has computed for all, under which autocast."""
+
+    source: Tensor
+    gradients: bool = field(default_factory=torch.is_grad_enabled)
+    outputs: dict[nn.Module, Tensor] | None = None
+    autocast: torch.dtype | None = None
+
+
+class _PerThread(threading.local):
+    """The forward that runs in this thread."""
+
+    forward: _Forward | None = None
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 class SharedProjections:
     """What the attention processors of one model compute together.
 
@@ -29,7 +53,8 @@ class SharedProjections:
     object as `shared`; the others find their results in `project`. Layers whose results a whole
     forward did not use are left out from then on. Nothing is shared while gradient checkpointing is
     on, which runs parts of the forward again, while the model or a part of it is compiled, in
-    replicas of `nn.DataParallel`, and with blocks that something hooks or offloads.
+    replicas of `nn.DataParallel`, between threads, with blocks that something hooks or offloads,
+    and with blocks that turn gradients or autocast on or off for themselves.
     """
 
     def __init__(self, model: nn.Module, attentions: Sequence[Any]) -> None:
@@ -38,12 +63,14 @@ class SharedProjections:
         self._attentions = [a for a in attentions if a.is_cross_attention and not a.norm_cross]
         self._around = _blocks_around(model, self._attentions)
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._source: Tensor | None = None
-        self._outputs: dict[nn.Module, Tensor] | None = None  # None until a layer asks
+        self._here = _PerThread()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model take nothing of a forward along."""
-        return vars(self) | {"_source": None, "_outputs": None}
+        return {name: value for name, value in vars(self).items() if name != "_here"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _here=_PerThread())
 
     def hook(self, model: nn.Module) -> list[RemovableHandle]:
         """Install it at the entry and the exit of `model`."""
@@ -54,12 +81,21 @@ class SharedProjections:
 
     def project(self, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         """[layer(x) for layer in layers], computed for the other processors too."""
-        if torch.compiler.is_compiling() or x is not self._source:
+        if torch.compiler.is_compiling():
             return project_together(layers, x)
-        if self._outputs is None:
-            self._outputs = self._compute(x)
-        found = self._outputs
-        if found.keys().isdisjoint(layers):
+        forward = self._here.forward
+        if (
+            forward is None
+            or x is not forward.source
+            or torch.is_grad_enabled() != forward.gradients
+        ):
+            return project_together(layers, x)
+        if forward.outputs is None:
+            # not at the entry: a model's own autocast begins after its hooks
+            forward.autocast = _autocast(x)
+            forward.outputs = self._compute(x)
+        found = forward.outputs
+        if found.keys().isdisjoint(layers) or _autocast(x) != forward.autocast:
             return project_together(layers, x)
         return [found.pop(layer) if layer in found else layer(x) for layer in layers]
 
@@ -72,24 +108,22 @@ class SharedProjections:
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or getattr(model, "_is_replica", False):
             return
-        self._forget()  # what a forward that raised has left
+        self._here.forward = None  # what a forward that raised has left
         x = kwargs.get(_SOURCE)
         if x is None and self._position is not None and self._position < len(args):
             x = args[self._position]
         if isinstance(x, Tensor) and not self._runs_again():
-            self._source = x
+            self._here.forward = _Forward(x)
 
     def _leave(self, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if self._outputs:
-            unused = self._outputs.keys()
-            _log.info("%d projections do not get the encoder's states as they are", len(unused))
+        forward = self._here.forward
+        if forward is not None and forward.outputs:
+            unused = forward.outputs.keys()
+            _log.info("%d projections were computed ahead and not used", len(unused))
             self._attentions = [a for a in self._attentions if unused.isdisjoint((a.to_k, a.to_v))]
-        self._forget()
-
-    def _forget(self) -> None:
-        self._source = self._outputs = None
+        self._here.forward = None
 
     def _runs_again(self) -> bool:
         return torch.is_grad_enabled() and any(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stamina_adapters.linear import change_class, keep_dtype
+from stamina_adapters.masks import FP32
 
 
 class TokenMLP(nn.Module):
@@ -15,10 +16,10 @@ class TokenMLP(nn.Module):
 
     def __init__(self, dim: int, norm: float, hidden: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.weight1 = nn.Parameter(torch.randn(hidden, generator=generator))
-        self.bias1 = nn.Parameter(torch.zeros(hidden))
-        self.weight2 = nn.Parameter(torch.randn(dim, hidden, generator=generator))
-        self.bias2 = nn.Parameter(torch.zeros(dim))
+        self.weight1 = nn.Parameter(torch.randn(hidden, generator=generator, **FP32))
+        self.bias1 = nn.Parameter(torch.zeros(hidden, **FP32))
+        self.weight2 = nn.Parameter(torch.randn(dim, hidden, generator=generator, **FP32))
+        self.bias2 = nn.Parameter(torch.zeros(dim, **FP32))
         with torch.no_grad():
             self.weight2.mul_(norm / self().norm())
 
@@ -32,7 +33,7 @@ class TokenVector(nn.Module):
 
     def __init__(self, dim: int, norm: float, generator: torch.Generator) -> None:
         super().__init__()
-        vector = torch.randn(dim, generator=generator)
+        vector = torch.randn(dim, generator=generator, **FP32)
         self.vector = nn.Parameter(vector * (norm / vector.norm()))
 
     def forward(self) -> Tensor:

@@ -127,6 +127,7 @@ def _leave(vocabulary: Vocabulary, dropped: Callable[[TokenRecord], bool]) -> No
         _enter(vocabulary, record)
 
 
+@torch.inference_mode(False)  # or the module made here could not be trained afterwards
 def add_custom_token(
     pipe: Any, token: str, config: TokenConfig | None = None, text_encoder: str = "text_encoder"
 ) -> nn.Module:
@@ -165,20 +166,23 @@ def enter_folded_tokens(pipe: Any, component: str, tokens: dict[str, Tensor], co
         _enter(vocabulary, TokenRecord(token, None, vector, concept))
 
 
-def token_generators(pipe_or_module: Any) -> list[nn.Module]:
-    """The modules of all live tokens of a pipeline, or of a text encoder.
+def live_tokens(pipe_or_module: Any) -> list[tuple[str, nn.Module]]:
+    """(token, its module) of every live token of a pipeline, or of a text encoder.
 
-    Raises RuntimeError where one of them is no longer in its table.
+    Raises RuntimeError where one of the modules is no longer in its table.
     """
     if isinstance(pipe_or_module, nn.Module):
         roots = {type(pipe_or_module).__name__: unwrap(pipe_or_module)}
     else:
         roots = text_encoders(pipe_or_module)
+    found = []
     for component, root in roots.items():
-        for module in root.modules():
-            live_rows(component, module)
-    tables = [m for root in roots.values() for m in root.modules() if isinstance(m, TokenEmbedding)]
-    return [module for table in tables for module in table.live]
+        for encoder in root.modules():
+            live_rows(component, encoder)
+            state: TokenState | None = encoder.__dict__.get(TOKEN_STATE)
+            records = [] if state is None else state.records
+            found += [(r.token, r.module) for r in records if r.module is not None]
+    return found
 
 
 @torch.no_grad()

@@ -3,11 +3,13 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers import StableDiffusionPipeline
+from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig, get_peft_model
 from stamina_adapters import (
     StaminaLinear,
@@ -16,6 +18,7 @@ from stamina_adapters import (
     delete_stamina,
     fold_concepts,
     fold_stamina,
+    fuse_stamina,
     get_list_stamina,
     set_stamina_attn_processor,
     set_stamina_mask_mode,
@@ -138,6 +141,43 @@ def test_sequential_offload(pipe, learn, render, processor):
     assert type(pipe.unet.get_submodule(paths[0])) is nn.Linear
 
 
+def offload_in_groups(unet, folder=None):
+    cpu = torch.device("cpu")
+    apply_group_offloading(
+        unet,
+        onload_device=cpu,
+        offload_device=cpu,
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        offload_to_disk_path=folder,
+    )
+
+
+def test_groups_offloaded_to_disk_are_never_written_to(pipe, learn, render, tmp_path):
+    other = copy.deepcopy(pipe.unet)
+    path = learn(pipe)[0]
+    set_stamina_mask_mode(pipe, "hard")
+    live = render(pipe)
+    for unet in (pipe.unet, other):
+        offload_in_groups(unet, str(tmp_path))
+    for call in (fold_stamina, fuse_stamina, unload_stamina):
+        with pytest.raises(RuntimeError, match=f"'{path}' is offloaded"):
+            call(pipe)
+    assert torch.equal(render(pipe), live)
+    with pytest.raises(RuntimeError, match=f"'{path}' is offloaded"):
+        apply_stamina(other)
+
+
+def test_groups_offloaded_to_memory_are_folded_into(pipe, learn, render):
+    offload_in_groups(pipe.unet)
+    learn(pipe)
+    set_stamina_mask_mode(pipe, "hard")
+    live = render(pipe)
+    fold_stamina(pipe)
+    # fp16 factors of the committed adapter
+    torch.testing.assert_close(render(pipe), live, rtol=0, atol=2e-3)
+
+
 def test_offloaded_models_take_no_adapter_and_no_token(pipe):
     cpu_offload(pipe.unet, torch.device("cpu"))
     cpu_offload(pipe.text_encoder, torch.device("cpu"))
@@ -168,3 +208,92 @@ def test_w_init_follows_the_weight(pipe, learn):
     layer = pipe.unet.get_submodule(paths[0])
     assert layer.weight_init.dtype == layer.weight.dtype == torch.bfloat16
     fold_stamina(pipe)
+
+
+WRAPPERS = {
+    "adalora": lambda **to: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=10, **to),
+    "boft": lambda **to: peft.BOFTConfig(boft_block_size=4, **to),
+    "c3a": lambda **to: peft.C3AConfig(block_size=8, **to),
+    "delora": lambda **to: peft.DeloraConfig(r=2, **to),
+    "fourierft": lambda **to: peft.FourierFTConfig(n_frequency=10, **to),
+    "gralora": lambda **to: peft.GraloraConfig(r=4, gralora_k=2, **to),
+    "ia3": lambda **to: peft.IA3Config(feedforward_modules=[], **to),
+    "lily": lambda **to: peft.LilyConfig(r=2, **to),
+    "loha": lambda **to: peft.LoHaConfig(r=2, **to),
+    "lokr": lambda **to: peft.LoKrConfig(r=2, **to),
+    "lora": lambda **to: peft.LoraConfig(r=2, **to),
+    "miss": lambda **to: peft.MissConfig(r=4, **to),
+    "oft": lambda **to: peft.OFTConfig(r=0, oft_block_size=4, **to),
+    "randlora": lambda **to: peft.RandLoraConfig(r=2, **to),
+    "road": lambda **to: peft.RoadConfig(group_size=8, **to),
+    "vblora": lambda **to: peft.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, **to),
+    "vera": lambda **to: peft.VeraConfig(r=2, **to),
+    "waveft": lambda **to: peft.WaveFTConfig(n_frequency=10, **to),
+}
+READ_THE_WEIGHT = {
+    "dora": lambda **to: peft.LoraConfig(r=2, use_dora=True, **to),
+    "shira": lambda **to: peft.ShiraConfig(r=2, **to),
+    "hra": lambda **to: peft.HRAConfig(r=2, **to),
+    "bat": lambda **to: peft.MissConfig(r=4, init_weights="bat", **to),
+}
+
+
+def wrap(unet, config):
+    """PEFT's layers on K and V of `unet` itself, with values as if they had been trained."""
+    before = set(unet.parameters())
+    unet.requires_grad_(False)
+    peft.get_peft_model(unet, config(target_modules=["to_k", "to_v"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in unet.parameters():
+            if p.requires_grad and p not in before:
+                p += torch.randn(p.shape, generator=generator) * 0.03
+
+
+def predict(unet):
+    generator = torch.Generator().manual_seed(1)
+    latents, states = (torch.randn(s, generator=generator) for s in ((1, 4, 8, 8), (1, 7, 40)))
+    with torch.no_grad():
+        return unet(latents, 1, states).sample
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_wrappers_that_call_the_layer_agree_with_the_fold(pipe, learn, kind):
+    wrap(pipe.unet, WRAPPERS[kind])
+    wrapped = predict(pipe.unet)
+    learn(pipe.unet)
+    set_stamina_mask_mode(pipe.unet, "hard")
+    live = predict(pipe.unet)
+    assert (live - wrapped).abs().max() > 0.05
+    fold_stamina(pipe.unet)
+    # fp16 factors of the committed adapter
+    torch.testing.assert_close(predict(pipe.unet), live, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", READ_THE_WEIGHT)
+def test_wrappers_that_read_the_weight_raise_by_name(pipe, learn, kind):
+    other = copy.deepcopy(pipe.unet)
+    wrap(other, READ_THE_WEIGHT[kind])
+    message = r"wrapper of '.*attn2.to_k' must compute by calling .* got peft.tuners"
+    with pytest.raises(TypeError, match=message):
+        apply_stamina(other)
+    assert not any(isinstance(m, StaminaLinear) for m in other.modules())
+
+    learn(pipe.unet)
+    wrap(pipe.unet, READ_THE_WEIGHT[kind])
+    for call in (predict, fold_stamina, fuse_stamina):
+        with pytest.raises(TypeError, match=message):
+            call(pipe.unet)
+    unload_stamina(pipe.unet)
+    predict(pipe.unet)
+
+
+def test_layers_without_their_weight_raise_by_name(pipe, learn):
+    """As LyCORIS's full matrices, which take the weight over and compute in the layer's place."""
+    layer = pipe.unet.get_submodule(learn(pipe)[0])
+    weight = layer.weight
+    layer.forward = lambda x: nn.functional.linear(x, weight)
+    del layer.weight
+    for call in (predict, fold_stamina):
+        with pytest.raises(TypeError, match="attn2.to_k' must have its weight"):
+            call(pipe.unet)

@@ -13,7 +13,10 @@ from stamina_adapters import (
     stamina_parameters,
 )
 from stamina_adapters.linear import project_together
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from unet_kit import train_step
 
@@ -150,3 +153,20 @@ def test_inductor(learn):
     torch.testing.assert_close(got, output, rtol=1e-5, atol=1e-5)
     assert isinstance(model.to_k, StaminaLinear) and len(ours) == len(gradients)
     assert_gradients(ours, gradients, 1e-5)
+
+
+@pytest.fixture
+def mesh():
+    """One process of a group on the CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_fully_sharded(unet, plain, mesh):
+    output, gradients = plain
+    fully_shard(unet, mesh=mesh)
+    got, ours = train_step(unet)
+    assert torch.equal(got, output)
+    assert all(torch.equal(ours[name].full_tensor(), want) for name, want in gradients.items())

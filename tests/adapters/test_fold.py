@@ -18,6 +18,7 @@ from stamina_adapters import (
     get_list_stamina,
     set_stamina_adapters,
     set_stamina_mask_mode,
+    set_stamina_penalties,
     stamina_eval,
     stamina_parameters,
     unfold_stamina,
@@ -358,3 +359,29 @@ def test_works_on_a_plain_module(learn):
     assert torch.equal(model(x), base)
     fold_concepts(model, [concept])
     assert set(get_list_stamina(model)) == {"c0"}
+
+
+def test_what_is_attached_and_folded_under_inference_mode_can_be_trained(pipe, learn):
+    arguments = torch.randn(1, 4, 8, 8), 1
+    with torch.inference_mode():
+        learn(pipe)
+        fold_stamina(pipe)
+        add_custom_token(pipe, "<v1>")
+        learn(pipe, "c1")
+    set_stamina_penalties(pipe, forget=0.1, sparse=0.1)
+    prompt = pipe.text_encoder(pipe.tokenizer("<v1>", return_tensors="pt").input_ids)[0]
+    pipe.unet(*arguments, prompt).sample.square().mean().backward()
+    parameters = sum(stamina_parameters(pipe).values(), [])
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
+
+
+def test_a_model_made_under_inference_mode_takes_finished_concepts(pipe, pipe_of, learn, render):
+    learn(pipe)
+    concept = fold_stamina(pipe)
+    image = render(pipe)
+    unload_stamina(pipe)
+    with torch.inference_mode():
+        other = pipe_of(pipe)
+        fold_concepts(other, [concept])
+        assert torch.equal(render(other), image)
+        unload_stamina(other)

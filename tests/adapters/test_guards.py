@@ -18,10 +18,12 @@ from stamina_adapters import (
     get_list_stamina,
     remove_custom_token,
     set_stamina_adapters,
+    set_stamina_mask_mode,
     unfold_stamina,
     unload_stamina,
 )
 from stamina_adapters.fold import restore_concepts
+from torch import nn
 
 
 @pytest.mark.parametrize("part", ["pipe", "unet"])
@@ -190,3 +192,36 @@ def test_copies_and_pickles_are_independent(pipe, learn):
     with pytest.raises(RuntimeError, match="'c0' is live"):
         apply_stamina(pipe, adapter_name="c1")
     other.fuse_qkv_projections()
+
+
+@pytest.fixture
+def encoder():
+    """PyTorch's own encoder in eval mode, which without gradients computes in one fused kernel."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def test_pytorchs_encoder_layers_compute_with_a_live_adapter(encoder, learn):
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        plain = encoder(x)
+        learn(encoder, target_modules=("linear1", "linear2"))
+        set_stamina_mask_mode(encoder, "hard")
+        live = encoder(x)
+        copied = copy.deepcopy(encoder)
+        fold_stamina(encoder)
+        folded = encoder(x)
+        fold_stamina(copied)
+        assert torch.equal(copied(x), folded)
+    assert (live - plain).abs().max() > 0.1
+    # fp16 factors of the committed adapter
+    torch.testing.assert_close(live, folded, rtol=0, atol=5e-3)
+    assert not any(layer._forward_hooks for layer in (*encoder.layers, *copied.layers))
+
+
+def test_nested_tensors_of_pytorchs_encoder_raise(encoder, learn):
+    learn(encoder, target_modules=("linear1",))
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad(), pytest.raises(TypeError, match="enable_nested_tensor=False"):
+        encoder(torch.randn(2, 5, 16), src_key_padding_mask=padded)

@@ -5,9 +5,12 @@ import hashlib
 
 import pytest
 import torch
+from peft import LoraConfig
 from stamina_adapters import (
     StaminaConfig,
     StaminaLinear,
+    TokenConfig,
+    add_custom_token,
     apply_stamina,
     fold_stamina,
     inject,
@@ -20,6 +23,7 @@ from stamina_adapters import (
     stamina_statistics,
     unload_stamina,
 )
+from stamina_adapters.models import layer_at
 from torch import nn
 
 
@@ -145,6 +149,89 @@ def test_parameters_are_all_of_them_and_fp32(pipe):
     assert len(groups["factors"]) == 16 and groups["mask"] and not groups["token"]
 
 
+@pytest.fixture
+def restored_defaults():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("generator", ["embedding_mlp", "constant_mlp", "free"])
+@pytest.mark.parametrize("token", ["mlp", "direct"])
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda: torch.set_default_dtype(torch.bfloat16),
+        lambda: torch.set_default_dtype(torch.float64),
+        lambda: torch.set_default_device("meta"),
+    ],
+    ids=["bfloat16", "float64", "meta"],
+)
+def test_torchs_defaults_change_no_bit(pipe, pipe_of, restored_defaults, generator, token, choose):
+    other = pipe_of(pipe)
+
+    def attach(target):
+        paths = apply_stamina(target, StaminaConfig(r=2, mask_generator=generator))
+        add_custom_token(target, "<v1>", TokenConfig(generator=token))
+        buffers = target.unet.get_submodule(paths[0])._buffers.values()
+        parameters = sum(stamina_parameters(target).values(), [])
+        return [t for t in (*parameters, *buffers) if t is not None]
+
+    wanted = attach(pipe)
+    choose()
+    found = attach(other)
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == want.dtype and got.device == want.device and torch.equal(got, want)
+
+
+def lora(model, *targets):
+    model.add_adapter(LoraConfig(r=2, target_modules=list(targets)))
+
+
+@pytest.mark.parametrize(
+    "freeze, owner",
+    [
+        (lambda p: lora(p.unet, "to_q"), "layer 'down_blocks.0"),
+        (lambda p: p.unet.requires_grad_(False), "layer 'down_blocks.0"),
+        (lambda p: lora(p.text_encoder, "q_proj"), "token '<v1>'"),
+        (lambda p: p.text_encoder.requires_grad_(False), "token '<v1>'"),
+    ],
+    ids=["lora", "frozen", "lora on the text encoder", "frozen text encoder"],
+)
+def test_an_adapter_that_was_frozen_since_is_not_trained_in_silence(pipe, learn, freeze, owner):
+    paths = learn(pipe)
+    token = add_custom_token(pipe, "<v1>")
+    freeze(pipe)
+    for call in (lambda: set_stamina_step(pipe, 1), lambda: stamina_parameters(pipe)):
+        with pytest.raises(RuntimeError, match=f"{owner}.* requires_grad=True, got False"):
+            call()
+    layers = [layer_at(pipe.unet, path) for path in paths]
+    for own in (token, *(m for layer in layers for m in (layer.A, layer.B, layer.mask))):
+        own.requires_grad_(True)
+    set_stamina_step(pipe, 1)
+    assert all(p.requires_grad for group in stamina_parameters(pipe).values() for p in group)
+
+
+@pytest.mark.parametrize("thawed", [False, True])
+@pytest.mark.parametrize("targets", [("to_q",), ("to_k", "to_v")])
+def test_folding_thaws_nothing_under_a_lora(pipe, learn, targets, thawed):
+    paths = learn(pipe)
+    lora(pipe.unet, *targets)
+    if thawed:
+        for path in paths:
+            layer_at(pipe.unet, path).A.requires_grad_(True)
+    fold_stamina(pipe)
+    trainable = [name for name, p in pipe.unet.named_parameters() if p.requires_grad]
+    assert trainable and all("lora" in name for name in trainable)
+
+
+def test_folding_thaws_nothing_of_a_model_that_was_frozen_since(pipe, learn):
+    learn(pipe)
+    pipe.unet.requires_grad_(False)
+    fold_stamina(pipe)
+    assert not any(p.requires_grad for p in pipe.unet.parameters())
+
+
 def test_setters(pipe, learn):
     paths = learn(pipe)
     layers = [pipe.unet.get_submodule(p) for p in paths]
@@ -173,6 +260,7 @@ def test_eval_restores_after_an_error(pipe, learn):
         (lambda p: set_stamina_step(p, 1.5), TypeError, "step must be an int, got float"),
         (lambda p: set_stamina_penalties(p, forget=float("nan")), ValueError, "forget must be fin"),
         (lambda p: set_stamina_penalties(p, sparse=float("inf")), ValueError, "sparse must be fin"),
+        (lambda p: set_stamina_penalties(p, sparse=1e39), ValueError, "finite in torch.float32"),
         (lambda p: set_stamina_mask_mode(p, "soft"), ValueError, "mode must be 'sample' or 'hard'"),
     ],
 )

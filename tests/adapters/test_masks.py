@@ -77,11 +77,15 @@ def test_single_row_stays_finite():
     [
         ("r", 0),
         ("alpha", -1.0),
+        ("alpha", 1e300),
+        ("alpha", 1e-300),
         ("mask_rank", 257),
         ("target_modules", ()),
         ("mask_generator", "dense"),
         ("density_init", 1.0),
+        ("logit_std", 1e300),
         ("tau", 0.0),
+        ("tau", 1e-300),
         ("sparse_kind", "l0"),
         ("seed", -1),
         ("rank", 4),
@@ -97,6 +101,14 @@ def test_config_scale_and_frozen():
     assert StaminaConfig(r=8, alpha=4).scale == 0.5
     with pytest.raises(ValidationError, match="frozen"):
         StaminaConfig().r = 3
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_states_whose_b_has_no_dimension_load(kind):
+    state = make(kind, density_init=0.3).state_dict()
+    module = make(kind, seed=1)
+    module.load_state_dict(state | {"b": state["b"].squeeze()})
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["embedding_mlp", "free"])

@@ -4,6 +4,7 @@
 import copy
 import gc
 import logging
+import threading
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ from stamina_adapters import (
     linear,
     set_stamina_attn_processor,
     set_stamina_penalties,
+    sharing,
     stamina_parameters,
 )
 from torch import nn
@@ -104,6 +106,96 @@ def test_penalties_are_those_of_the_layers_that_the_loss_uses(pipe, learn, input
             assert mine is None or not mine.any()
         else:
             torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def run_first_attention(unet, monkeypatch, context):
+    """Have the first attention of all run in a context of its own."""
+    attention = next(m for m in unet.modules() if hasattr(m, "attn2")).attn2
+    original = attention.forward
+
+    def inside(*args, **kwargs):
+        with context():
+            return original(*args, **kwargs).float()
+
+    monkeypatch.setattr(attention, "forward", inside)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "autocast"],
+)
+def test_a_block_with_modes_of_its_own_decides_for_no_other(unet, inputs, monkeypatch, context):
+    run_first_attention(unet, monkeypatch, context)
+    parameters = [p for group in stamina_parameters(unet).values() for p in group]
+
+    def results():
+        output = unet(*inputs).sample
+        found = torch.autograd.grad(output.square().sum(), parameters, allow_unused=True)
+        return output, [g for g in found if g is not None]
+
+    first, again = results(), results()
+    set_stamina_attn_processor(unet, share=False)
+    output, alone = results()
+    assert alone
+    for shared in (first, again):
+        torch.testing.assert_close(shared[0], output, rtol=0, atol=1e-5)
+        assert_close(shared[1], alone)
+
+
+def test_threads_share_nothing(pipe, learn, monkeypatch):
+    """The second thread enters while the first one computes, and projects before it is done."""
+    learn(pipe)
+    set_stamina_attn_processor(pipe)
+    unet = pipe.unet.requires_grad_(False)
+    latents, prompts = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 7, 40)
+    wanted = [unet(latents, 1, prompt).sample for prompt in prompts]
+    entered, computed, finished = (threading.Event() for _ in range(3))
+    attention = next(m for m in unet.modules() if hasattr(m, "attn2")).attn2
+    compute, enter, attend = (
+        sharing.project_group,
+        unet.conv_in.forward,
+        attention.to_out[0].forward,
+    )
+    current = threading.current_thread
+
+    def slow_compute(group, x):
+        outputs = compute(group, x)
+        if current().name == "first":
+            assert entered.wait(10)
+        return outputs
+
+    def enter_after(x):
+        if current().name == "second":
+            entered.set()
+            assert computed.wait(10)
+        return enter(x)
+
+    def attend_last(x):
+        if current().name == "first":
+            computed.set()
+            assert finished.wait(10)
+        return attend(x)
+
+    monkeypatch.setattr(sharing, "project_group", slow_compute)
+    monkeypatch.setattr(unet.conv_in, "forward", enter_after)
+    monkeypatch.setattr(attention.to_out[0], "forward", attend_last)
+    outputs = {}
+
+    def run(prompt):
+        outputs[current().name] = unet(latents, 1, prompt).sample
+
+    threads = [
+        threading.Thread(target=run, args=(prompt,), name=name)
+        for name, prompt in zip(("first", "second"), prompts, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    threads[1].join()
+    finished.set()
+    threads[0].join()
+    for name, want in zip(("first", "second"), wanted, strict=True):
+        torch.testing.assert_close(outputs[name], want, rtol=0, atol=1e-5)
 
 
 def test_a_forward_that_raised_changes_nothing(unet, inputs, sizes):
