@@ -51,6 +51,10 @@ def _resize(vocabulary: Vocabulary, rows: int) -> None:
     old = table.weight.data
     kept = min(rows, len(old))
     table.weight.grad = None
+    # a loss that is still held keeps an accumulator of gradients of the old shape alive: another
+    # dtype in between drops it
+    other = torch.float32 if old.dtype == torch.float64 else torch.float64
+    table.weight.data = old.new_empty(0, dtype=other)
     table.weight.data = torch.cat([old[:kept], old.new_zeros(rows - kept, old.shape[1])])
     table.num_embeddings = rows
     vocabulary.encoder.config.get_text_config().vocab_size = rows

@@ -266,3 +266,19 @@ def test_a_text_encoder_without_a_tokenizer_is_in_nobodys_way(pipe, learn):
     learn(pipe)
     assert not fold_stamina(pipe).tokens
     unload_stamina(pipe)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_word_is_added_while_an_earlier_loss_is_held(pipe, dtype):
+    """As in a loop over concepts that does not freeze the table: the last loss outlives its turn."""
+    pipe.text_encoder.to(dtype)
+    losses = []
+    for token in ("<v1>", "<v2>"):
+        add_custom_token(pipe, token)
+        losses.append(encode(pipe, f"a {token}").square().sum())
+        losses[-1].backward()
+        assert table(pipe).weight.grad.shape == table(pipe).weight.shape
+        fold_custom_token(pipe, token)
+    remove_custom_token(pipe, "<v2>")
+    encode(pipe, "a <v1>").square().sum().backward()
+    assert table(pipe).weight.grad.shape == table(pipe).weight.shape
