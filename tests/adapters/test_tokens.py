@@ -270,7 +270,7 @@ def test_a_text_encoder_without_a_tokenizer_is_in_nobodys_way(pipe, learn):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_word_is_added_while_an_earlier_loss_is_held(pipe, dtype):
-    """As in a loop over concepts that does not freeze the table: the last loss outlives its turn."""
+    """As in a loop over concepts that does not freeze the table: the last loss is still there."""
     pipe.text_encoder.to(dtype)
     losses = []
     for token in ("<v1>", "<v2>"):
