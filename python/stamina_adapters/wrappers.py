@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 # Packages of peft.tuners whose layers call the one below, and change what goes in or comes out.
-# Others compute with a function of its weight.
+# Others compute with a function of its weight, or are not known.
 _CALL_THEIR_BASE = (
     "adalora",
+    "beft",
     "boft",
     "c3a",
+    "deft",
     "delora",
     "fourierft",
     "gralora",
@@ -23,8 +25,13 @@ _CALL_THEIR_BASE = (
     "lora",
     "miss",
     "oft",
+    "osf",
+    "psoft",
+    "pvera",
     "randlora",
     "road",
+    "tinylora",
+    "unilora",
     "vblora",
     "vera",
     "waveft",
@@ -37,22 +44,24 @@ def has_peft_layers(model: nn.Module) -> bool:
 
 
 def _calls_its_base(wrapper: nn.Module) -> bool:
+    """Whether it is known to, or somebody's own, which is theirs to know."""
     origin = type(wrapper).__module__.split(".")
-    return (
-        origin[:2] == ["peft", "tuners"]
-        and origin[2] in _CALL_THEIR_BASE
+    return origin[:2] != ["peft", "tuners"] or (
+        origin[2] in _CALL_THEIR_BASE
         and not getattr(wrapper, "lora_magnitude_vector", None)  # DoRA: norms of the weight's rows
         and getattr(wrapper, "miss_fn", None) != "bat"  # products with blocks of the weight
     )
 
 
-def _check_called(path: str, module: nn.Module) -> None:
-    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+def _check_called(path: str, module: nn.Module | None) -> None:
+    if module is None:
+        raise RuntimeError(f"{path!r} was taken out of the model while its adapter is live")
+    while (inner := module._modules.get("base_layer")) is not None:
         if not _calls_its_base(module):
             raise TypeError(
-                f"the wrapper of {path!r} must compute by calling the layer, got "
-                f"{type(module).__module__}.{type(module).__name__}, which reads its weight: a "
-                "live adapter would be left out; take it off until fold_stamina"
+                f"the wrapper of {path!r} must be known to compute by calling the layer, got "
+                f"{type(module).__module__}.{type(module).__name__}: a live adapter could be left "
+                "out; take it off until fold_stamina"
             )
         module = inner
     if isinstance(module, nn.Linear) and getattr(module, "weight", None) is None:
@@ -81,4 +90,4 @@ class WrapperGuard:
         if torch.compiler.is_compiling():
             return
         for path, parent, name in self._places:
-            _check_called(path, parent._modules[name])  # type: ignore[arg-type]
+            _check_called(path, parent._modules.get(name))

@@ -212,8 +212,10 @@ def test_w_init_follows_the_weight(pipe, learn):
 
 WRAPPERS = {
     "adalora": lambda **to: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=10, **to),
+    "beft": lambda **to: peft.BeftConfig(**to),
     "boft": lambda **to: peft.BOFTConfig(boft_block_size=4, **to),
     "c3a": lambda **to: peft.C3AConfig(block_size=8, **to),
+    "deft": lambda **to: peft.DeftConfig(r=2, **to),
     "delora": lambda **to: peft.DeloraConfig(r=2, **to),
     "fourierft": lambda **to: peft.FourierFTConfig(n_frequency=10, **to),
     "gralora": lambda **to: peft.GraloraConfig(r=4, gralora_k=2, **to),
@@ -224,8 +226,13 @@ WRAPPERS = {
     "lora": lambda **to: peft.LoraConfig(r=2, **to),
     "miss": lambda **to: peft.MissConfig(r=4, **to),
     "oft": lambda **to: peft.OFTConfig(r=0, oft_block_size=4, **to),
+    "osf": lambda **to: peft.OSFConfig(**to),
+    "psoft": lambda **to: peft.PsoftConfig(r=2, **to),
+    "pvera": lambda **to: peft.PveraConfig(r=2, **to),
     "randlora": lambda **to: peft.RandLoraConfig(r=2, **to),
     "road": lambda **to: peft.RoadConfig(group_size=8, **to),
+    "tinylora": lambda **to: peft.TinyLoraConfig(r=2, **to),
+    "unilora": lambda **to: peft.UniLoraConfig(r=2, **to),
     "vblora": lambda **to: peft.VBLoRAConfig(r=2, num_vectors=16, vector_length=8, **to),
     "vera": lambda **to: peft.VeraConfig(r=2, **to),
     "waveft": lambda **to: peft.WaveFTConfig(n_frequency=10, **to),
@@ -242,7 +249,7 @@ def wrap(unet, config):
     """PEFT's layers on K and V of `unet` itself, with values as if they had been trained."""
     before = set(unet.parameters())
     unet.requires_grad_(False)
-    peft.get_peft_model(unet, config(target_modules=["to_k", "to_v"]))
+    peft.get_peft_model(unet, config(target_modules=["to_k", "to_v"])).eval()  # PVeRA draws else
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in unet.parameters():
@@ -270,11 +277,38 @@ def test_wrappers_that_call_the_layer_agree_with_the_fold(pipe, learn, kind):
     torch.testing.assert_close(predict(pipe.unet), live, rtol=0, atol=2e-3)
 
 
+class OwnWrapper(nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x) + 1
+
+
+def test_a_wrapper_of_ones_own_is_its_owners_to_know(pipe, learn):
+    attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    attention.to_k = OwnWrapper(attention.to_k)
+    learn(pipe.unet)
+    set_stamina_mask_mode(pipe.unet, "hard")
+    live = predict(pipe.unet)
+    fold_stamina(pipe.unet)
+    torch.testing.assert_close(predict(pipe.unet), live, rtol=0, atol=2e-3)
+
+
+def test_a_layer_that_was_taken_out_is_named(pipe, learn):
+    learn(pipe.unet)
+    attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    del attention.to_k
+    with pytest.raises(RuntimeError, match="attn2.to_k' was taken out of the model"):
+        predict(pipe.unet)
+
+
 @pytest.mark.parametrize("kind", READ_THE_WEIGHT)
 def test_wrappers_that_read_the_weight_raise_by_name(pipe, learn, kind):
     other = copy.deepcopy(pipe.unet)
     wrap(other, READ_THE_WEIGHT[kind])
-    message = r"wrapper of '.*attn2.to_k' must compute by calling .* got peft.tuners"
+    message = r"wrapper of '.*attn2.to_k' must be known to compute by calling .* got peft.tuners"
     with pytest.raises(TypeError, match=message):
         apply_stamina(other)
     assert not any(isinstance(m, StaminaLinear) for m in other.modules())
