@@ -60,9 +60,9 @@ def _first_tensor(arguments: Sequence[Any]) -> Tensor:
 
 def _contiguous(argument: Any) -> Any:
     """Backends read memory row by row. Copies are made here, where autograd does not keep them."""
-    if type(argument) in PLAIN:
+    if isinstance(argument, Tensor):
         return argument.contiguous()
-    if type(argument) is list and argument and type(argument[0]) in PLAIN:
+    if type(argument) is list and argument and isinstance(argument[0], Tensor):
         return [tensor.contiguous() for tensor in argument]
     return argument
 

@@ -91,7 +91,8 @@ def release_pipeline(pipe: Any) -> None:
         return
     if not any(isinstance(v, Refusal) for m in pipeline_models(pipe) for v in vars(m).values()):
         for method in _PIPELINE_METHODS:
-            pipe.__dict__.pop(method, None)
+            if isinstance(pipe.__dict__.get(method), PipelineRefusal):
+                del pipe.__dict__[method]
 
 
 def _parents(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:

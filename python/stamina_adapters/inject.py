@@ -160,12 +160,13 @@ def _require_layers(pipe_or_module: Any, action: str) -> dict[str, StaminaLinear
 
 
 def _check_trainable(owner: str, parameters: Iterable[nn.Parameter]) -> None:
-    if not all(parameter.requires_grad for parameter in parameters):
+    if not any(parameter.requires_grad for parameter in parameters):
         raise RuntimeError(
-            f"{owner}: its live parameters must have requires_grad=True, got False: something "
-            "froze them after they were attached, as requires_grad_(False) on the whole model or "
-            "adding a LoRA to it does. Do that before apply_stamina and add_custom_token, or call "
-            "requires_grad_(True) on A, B and mask of every layer and on the tokens' modules"
+            f"{owner}: one of its live parameters at least must have requires_grad=True, got False "
+            "for all: something froze them after they were attached, as requires_grad_(False) on "
+            "the whole model or adding a LoRA to it does. Do that before apply_stamina and "
+            "add_custom_token, or call requires_grad_(True) on A, B and mask of every layer and on "
+            "the tokens' modules; what is not to be trained is left out of the optimiser"
         )
 
 
@@ -179,8 +180,8 @@ def _require_trainable_tokens(pipe_or_module: Any) -> list[nn.Module]:
 def stamina_parameters(pipe_or_module: Any) -> dict[str, list[nn.Parameter]]:
     """Trainable parameters: "factors" (A, B), "mask" (mask generators), "token" (custom tokens).
 
-    Raises RuntimeError where something froze one of them since it was attached, or replaced the
-    token table that a live token's module is in.
+    Raises RuntimeError where something froze all of a layer or of a token since it was attached, or
+    replaced the token table that a live token's module is in.
     """
     layers = stamina_layers(pipe_or_module)
     for path, layer in layers.items():
@@ -202,7 +203,7 @@ def _fill(layers: dict[str, StaminaLinear], name: str, value: float) -> None:
 def set_stamina_step(pipe_or_module: Any, step: int) -> None:
     """Set the optimiser step, which selects the random masks: equal steps draw equal masks.
 
-    Raises RuntimeError where something froze a live parameter: no step would train it.
+    Raises RuntimeError where something froze all of a layer or of a token: no step would train it.
     """
     if isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step must be an int, got {type(step).__name__}")
@@ -210,8 +211,8 @@ def set_stamina_step(pipe_or_module: Any, step: int) -> None:
         raise ValueError(f"step must be in [0, 2^63), got {step}")
     layers = _require_layers(pipe_or_module, "set_stamina_step")
     for path, layer in layers.items():
-        # in every step: what freezes a model freezes A too
-        _check_trainable(f"layer {path!r}", (layer.A,))
+        if not layer.A.requires_grad:  # in every step: what freezes a model freezes A too
+            _check_trainable(f"layer {path!r}", (layer.B, *layer.mask.parameters()))
     _require_trainable_tokens(pipe_or_module)
     _fill(layers, "step", step)
 

@@ -83,7 +83,10 @@ def adapted_model(pipe_or_module: Any) -> nn.Module:
     if isinstance(pipe_or_module, nn.Module):
         return unwrap(pipe_or_module)
     denoisers = _components(pipe_or_module, _DENOISER)
-    if len(denoisers) == 1:
+    if len(set(denoisers.values())) > 1:  # one's own, such as an average, lie beside the pipeline's
+        registered = getattr(pipe_or_module, "config", denoisers)
+        denoisers = {name: model for name, model in denoisers.items() if name in registered}
+    if len(set(denoisers.values())) == 1:
         return next(iter(denoisers.values()))
     given = type(pipe_or_module).__name__
     if denoisers:

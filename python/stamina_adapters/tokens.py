@@ -176,16 +176,15 @@ def live_tokens(pipe_or_module: Any) -> list[tuple[str, nn.Module]]:
     Raises RuntimeError where one of the modules is no longer in its table.
     """
     if isinstance(pipe_or_module, nn.Module):
-        roots = {type(pipe_or_module).__name__: unwrap(pipe_or_module)}
+        encoders = {type(pipe_or_module).__name__: unwrap(pipe_or_module)}
     else:
-        roots = text_encoders(pipe_or_module)
+        encoders = text_encoders(pipe_or_module)
     found = []
-    for component, root in roots.items():
-        for encoder in root.modules():
+    for component, encoder in encoders.items():
+        state: TokenState | None = encoder.__dict__.get(TOKEN_STATE)
+        if state is not None:
             live_rows(component, encoder)
-            state: TokenState | None = encoder.__dict__.get(TOKEN_STATE)
-            records = [] if state is None else state.records
-            found += [(r.token, r.module) for r in records if r.module is not None]
+            found += [(r.token, r.module) for r in state.records if r.module is not None]
     return found
 
 

@@ -12,6 +12,7 @@ from stamina_adapters import (
     StaminaLinear,
     add_custom_token,
     apply_stamina,
+    delete_stamina,
     fold_concepts,
     fold_custom_token,
     fold_stamina,
@@ -225,3 +226,11 @@ def test_nested_tensors_of_pytorchs_encoder_raise(encoder, learn):
     padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad(), pytest.raises(TypeError, match="enable_nested_tensor=False"):
         encoder(torch.randn(2, 5, 16), src_key_padding_mask=padded)
+
+
+def test_a_method_of_ones_own_on_the_pipeline_stays(pipe, learn):
+    learn(pipe)
+    concept = fold_stamina(pipe)
+    mine = pipe.save_pretrained = lambda *_: None
+    delete_stamina(pipe, concept.name)
+    assert pipe.save_pretrained is mine

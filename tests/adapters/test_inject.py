@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attaching and detaching, the setters, and what attaching refuses."""
 
+import copy
 import hashlib
 
 import pytest
@@ -130,12 +131,36 @@ def test_not_a_model():
 
 
 def test_a_pipeline_with_several_denoisers_is_not_half_adapted(pipe):
-    pipe.transformer_2 = nn.ModuleDict({"to_k": nn.Linear(4, 4)})
+    pipe.register_modules(transformer_2=nn.ModuleDict({"to_k": nn.Linear(4, 4)}))
     with pytest.raises(TypeError, match="several denoisers, transformer_2, unet: pass the module"):
         apply_stamina(pipe)
     assert apply_stamina(pipe.transformer_2, StaminaConfig(target_modules=("to_k",)))
     pipe.unet = None
     assert stamina_parameters(pipe)["factors"]
+
+
+def test_what_a_user_keeps_beside_a_pipelines_denoiser_is_none_of_it(pipe):
+    pipe.ema_unet, pipe.my_unet = copy.deepcopy(pipe.unet), pipe.unet
+    apply_stamina(pipe)
+    assert any(isinstance(module, StaminaLinear) for module in pipe.unet.modules())
+    assert not any(isinstance(module, StaminaLinear) for module in pipe.ema_unet.modules())
+
+
+def test_frozen_parts_of_an_adapter_are_their_users_choice(pipe):
+    apply_stamina(pipe)
+    layers = [module for module in pipe.unet.modules() if isinstance(module, StaminaLinear)]
+    for layer in layers:
+        layer.mask.requires_grad_(False)
+    set_stamina_step(pipe, 1)
+    assert stamina_parameters(pipe)["factors"]
+    for layer in layers:
+        layer.A.requires_grad_(False)
+        layer.mask.requires_grad_(True)
+    set_stamina_step(pipe, 2)
+    pipe.unet.requires_grad_(False)
+    for call in (lambda: set_stamina_step(pipe, 3), lambda: stamina_parameters(pipe)):
+        with pytest.raises(RuntimeError, match="one of its live parameters at least must have"):
+            call()
 
 
 def test_parameters_are_all_of_them_and_fp32(pipe):

@@ -114,14 +114,16 @@ def _dense(layer):
 
 
 def test_prompts_are_those_of_all_added_words(pipe):
-    assert earlier_prompts(pipe, _concept(1), {}) == [""]
+    assert earlier_prompts(pipe, _concept(1), {}) == {"": 1.0}
     _learn(pipe, StaminaMethod(ADAPTER), 3, 1)
     other = _spoken("a night <v2> photo")
     todays = ["", "a night <v3> photo", "a night <v1> photo"]
-    assert earlier_prompts(pipe, other, {}) == todays
-    # the prompt that a word was learned with comes before the concept's, unless it is the same
+    assert earlier_prompts(pipe, other, {}) == dict.fromkeys(todays, 1.0)
+    # the prompt that a word was learned with takes half of the share, unless it is the same
     own = {"<v3>": "<v3> by day", "<v1>": "a  night <v1> photo ", "<gone>": "a <gone>"}
-    assert earlier_prompts(pipe, other, own) == [*todays[:1], "<v3> by day", *todays[1:]]
+    assert earlier_prompts(pipe, other, own) == {
+        "": 1.0, "<v3> by day": 0.5, "a night <v3> photo": 0.5, "a night <v1> photo": 1.0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("build", METHODS)
@@ -172,13 +174,15 @@ def test_prompts_of_one_template_give_the_bits_of_a_state_without_them(pipe, bui
 
 def test_the_factor_keeps_the_energy_of_every_direction():
     states = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(1))
-    H = factor(states)
+    H = factor(states, [1.0] * len(states))
     D = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
     expected = torch.einsum("oi,kji->kjo", D, states).square().sum(-1).mean(1).sum()
     # two chains of 12 fp32 products, and a rank of at most 12
     torch.testing.assert_close((H @ D.t()).square().sum(), expected, rtol=1e-5, atol=0)
     assert H.shape == (12, 12)
-    assert len(factor(states[:1, :3])) == 3
+    halves = factor(states[[0, 0, 1]], [0.5, 0.5, 1.0])
+    torch.testing.assert_close(halves.t() @ halves, _gram(states[:2]).float(), rtol=0, atol=1e-5)
+    assert len(factor(states[:1, :3], [1.0])) == 3
 
 
 def test_the_term_is_the_relative_change_of_keys_and_values(pipe):
@@ -311,7 +315,7 @@ def test_the_preconditioner_is_the_inverse_root_of_the_formula(pipe, strength):
     gram = _gram(states)
     eye = torch.eye(len(gram), dtype=torch.float64)
     inverse = eye + strength * gram * (3 / gram.trace())
-    C = preconditioner(factor(states), 3, strength).double()
+    C = preconditioner(factor(states, [1.0] * 3), 3, strength).double()
     # C is rounded to fp32 once; its condition number is below sqrt(1 + 3 strength)
     torch.testing.assert_close(C @ C @ inverse, eye, rtol=0, atol=1e-4)
 

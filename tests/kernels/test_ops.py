@@ -226,6 +226,20 @@ def test_strided_input_gives_the_bits_of_its_contiguous_copy(backend):
     assert torch.equal(a.y, b.y) and torch.equal(a.bits, b.bits)
 
 
+class Tagged(torch.Tensor):
+    """A subclass without behaviour of its own."""
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_strided_tensors_of_a_subclass(backend):
+    problem = make_problem([6], 14, (5,))
+    p = problem.group[0]
+    out = masked_linear(problem.x, p, **problem.scalars(), backend=backend)
+    x, A = (t.t().contiguous().t().as_subclass(Tagged) for t in (problem.x, p.A))
+    tagged = masked_linear(x, p._replace(A=A), **problem.scalars(), backend=backend)
+    assert torch.equal(tagged.y.as_subclass(torch.Tensor), out.y)
+
+
 @pytest.mark.parametrize("backend", [*AVAILABLE, "triton"])
 @pytest.mark.parametrize("strategy", ["compose", "generate"])
 def test_the_operation_itself_takes_strided_tensors(backend, strategy):

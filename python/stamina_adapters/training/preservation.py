@@ -4,22 +4,23 @@
 An adapted key or value projection changes by D, so what a prompt's state h gives changes by D h.
 Earlier concepts are words of the vocabulary: their prompts can be encoded at any time, without a
 picture of them. A word's states depend on the sentence around it, so each is held in the prompt it
-was learned with, and in the new concept's as well. With h_kj the text encoder's state at position j
-(of p) of the k-th earlier prompt (the empty prompt, which guidance uses, is one of them), the term
-added to the loss is
+was learned with, and in the new concept's as well, by half where these differ. With h_kj the text
+encoder's state at position j (of p) of the k-th earlier prompt (the empty prompt, which guidance
+uses, is one of them), the term added to the loss is
 
     nu / n  sum_l  1 / c_l  sum_k  1 / p  sum_j  || D_l h_kj ||^2
         =  nu / n  sum_l  || H D_l^T ||_F^2 / c_l,           H^T H = 1 / p  sum_kj h_kj h_kj^T
 
-over the n adapted layers of cross-attention, c_l = mean_kj || W_l h_kj ||^2: the relative change
-of keys and values, summed over prompts. H has no more rows than a state has features, however
-many concepts there are: once it has, a step costs the same after every further concept.
-With the term at zero an earlier prompt draws the same pictures as before. D_l is the masked delta
-of this step, computed by the fused operator from the rows of H as from any other input.
+over the n adapted layers of cross-attention, c_l = mean_kj || W_l h_kj ||^2: the relative change of
+keys and values, summed over prompts (halves: sqrt(1/2) h_kj in H). H has no more rows than a state
+has features, however many concepts there are: once it has, a step costs the same after every
+further concept. With the term at zero an earlier prompt draws the same pictures as before. D_l is
+the masked delta of this step, computed by the fused operator from the rows of H as from any other
+input.
 
 The same states precondition the factor B:
 
-    B = B' C      C = (I + eta H^T H / e)^(-1/2), e = tr(H^T H) / n_prompts
+    B = B' C      C = (I + eta H^T H / e)^(-1/2), e = tr(H^T H) / prompts, halves as such
 
 is what the fused operator gets, B' what is trained: directions in which earlier prompts have much
 energy move less from the first step on.
@@ -30,7 +31,7 @@ constraint on text features when models are merged (Kumari et al., arXiv 2212.04
 and updates kept out of the space of earlier inputs (Liang and Li, arXiv 2404.00228).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,24 +46,25 @@ _NEGLIGIBLE = 1e-10
 """Directions with less than this share of the largest one's energy are fp32 rounding of states."""
 
 
-def earlier_prompts(pipe: Any, concept: ConceptSpec, own: Mapping[str, str]) -> list[str]:
-    """The empty prompt and those of every other added word, each once.
+def earlier_prompts(pipe: Any, concept: ConceptSpec, own: Mapping[str, str]) -> dict[str, float]:
+    """The empty prompt and those of every other added word, each with its share.
 
     They are the prompt that the word was learned with, where `own` has it, and the concept's with
-    this word in its word's place. Words are those that the tokenizer was given after it was made,
-    in the order of their numbers.
+    this word in its word's place; where these differ each has half of the word's share. Words are
+    those that the tokenizer was given after it was made, in the order of their numbers.
     """
     tokenizer = pipe.tokenizer
     special = set(tokenizer.all_special_tokens)
     added = sorted(tokenizer.get_added_vocab().items(), key=lambda entry: entry[1])
     words = [word for word, _ in added if word not in special and word != concept.token]
     parts = concept.instance_prompt.split()
-    prompts = [""]
+    shares = {"": 1.0}
     for word in words:
-        if word in own:
-            prompts.append(" ".join(own[word].split()))  # as below: white space is no difference
-        prompts.append(" ".join(word if part == concept.token else part for part in parts))
-    return list(dict.fromkeys(prompts))
+        todays = " ".join(word if part == concept.token else part for part in parts)
+        learned = " ".join(own[word].split()) if word in own else todays  # white space is no matter
+        prompts = dict.fromkeys((learned, todays))
+        shares |= dict.fromkeys(prompts, 1.0 / len(prompts))
+    return shares
 
 
 @torch.no_grad()
@@ -72,17 +74,18 @@ def encode(pipe: Any, prompts: list[str]) -> Tensor:
     return states.float()
 
 
-def factor(states: Tensor) -> Tensor:
-    """H [rank, features] with H^T H = sum over prompts, mean over positions, of h h^T."""
-    wide = states.double()
+def factor(states: Tensor, shares: Sequence[float]) -> Tensor:
+    """H [rank, features] with H^T H = sum over prompts by share, mean over positions, of h h^T."""
+    roots = torch.tensor(shares, dtype=torch.float64, device=states.device).sqrt()
+    wide = states.double() * roots[:, None, None]
     gram = torch.einsum("kji,kjc->ic", wide, wide) / states.shape[1]
     energies, directions = torch.linalg.eigh(gram)
     kept = energies > energies[-1] * _NEGLIGIBLE
     return (directions[:, kept] * energies[kept].sqrt()).t().float().contiguous()
 
 
-def preconditioner(H: Tensor, prompts: int, strength: float) -> Tensor:
-    """C [features, features] in fp32 at eta = strength; H as `factor` makes it of that many.
+def preconditioner(H: Tensor, prompts: float, strength: float) -> Tensor:
+    """C [features, features] in fp32 at eta = strength; H as `factor` makes it, shares in all.
 
     The rows of H are orthogonal: C is the identity but for their directions.
     """
@@ -117,10 +120,11 @@ class Preservation:
         self._weights: dict[str, Tensor] = {}
         if not chosen or not (config.preserve_weight or config.precondition):
             return
-        states = encode(pipe, earlier_prompts(pipe, concept, own))
-        H = factor(states)
+        shares = earlier_prompts(pipe, concept, own)
+        states = encode(pipe, list(shares))
+        H = factor(states, list(shares.values()))
         if config.precondition:
-            C = preconditioner(H, len(states), config.precondition)
+            C = preconditioner(H, sum(shares.values()), config.precondition)
             for layer in chosen.values():
                 layer.set_preconditioner(C.to(layer.weight.device))
         if config.preserve_weight:
