@@ -101,6 +101,21 @@ def test_a_grid_holds_every_picture_in_its_place():
     assert [counts[c] for c in ((255, 0, 0), (0, 128, 0), (0, 0, 255))] == [800, 800, 800]
 
 
+def test_a_grid_shows_the_centre_of_a_picture_that_is_not_square():
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+    square = Image.fromarray(pixels)
+    wide = Image.new("RGB", (48, 16), "red")
+    wide.paste(square, (16, 0))
+    grid = image_grid([("one", [[square], [wide]])], ("square", "wide"), cell=20)
+    scaled = square.resize((20, 20), Image.Resampling.BICUBIC)
+    left, top = grid.width - 28, grid.height - 28  # of the last tile, before two gaps
+    assert grid.crop((150, top, 170, top + 20)).tobytes() == scaled.tobytes()
+    # the filter mixes what was cut off into 4 pixels at most
+    inner = grid.crop((left + 4, top, left + 16, top + 20))
+    assert inner.tobytes() == scaled.crop((4, 0, 16, 20)).tobytes()
+
+
 def test_a_ragged_grid_is_refused():
     tile = Image.new("RGB", (4, 4))
     with pytest.raises(ValueError, match="row 'two' must hold 1 blocks of"):

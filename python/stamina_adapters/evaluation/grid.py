@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
 _GAP, _BLOCK_GAP, _HEADER, _LABEL, _FONT = 4, 22, 40, 150, 17
@@ -17,7 +17,8 @@ def image_grid(
     """A picture table: one row for each concept, one block of columns for each title.
 
     `rows` holds (label, blocks) with as many blocks as titles; block k has the same number of
-    pictures in every row. Pictures are scaled to `cell` x `cell` pixels.
+    pictures in every row. Pictures are scaled to `cell` x `cell` pixels; of one that is not square,
+    the centre is shown, as training and judging see it.
 
     Raises `ValueError` when the rows do not fit together.
     """
@@ -45,6 +46,7 @@ def image_grid(
         draw.text((_GAP * 3, top + cell // 2), label, _INK, font, anchor="lm")
         for block, start in zip(blocks, starts, strict=False):
             for column, image in enumerate(block):
-                tile = image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+                rgb = image.convert("RGB")
+                tile = ImageOps.fit(rgb, (cell, cell), Image.Resampling.BICUBIC)
                 canvas.paste(tile, (start + column * (cell + _GAP), top))
     return canvas
