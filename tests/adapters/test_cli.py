@@ -13,6 +13,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stamina_adapters import StaminaConfig
+from stamina_adapters.cli import app
+from typer.main import get_command
 
 
 @pytest.fixture
@@ -116,6 +118,19 @@ def test_options_have_diffusers_spelling():
     shown = _shown("train", "--help")
     for option in ("--output_dir", "--max_train_steps", "--learning_rate", "--train_batch_size"):
         assert option in shown
+
+
+@pytest.mark.parametrize("name", sorted(get_command(app).commands))
+def test_no_option_name_is_cut_at_80_columns(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    command = get_command(app).commands[name]
+    shown = _shown(name, "--help")
+    assert "…" not in shown
+    longest = max(len(line) for line in shown.splitlines())
+    assert longest == 80
+    for parameter in command.params:
+        for option in (*parameter.opts, *parameter.secondary_opts):
+            assert not option.startswith("--") or f" {option} " in shown
 
 
 def test_every_option_of_an_adapter_is_explained():

@@ -41,9 +41,10 @@ def test_guidance_that_is_not_finite_is_refused(model, tmp_path):
 
 
 def test_seeds_beyond_a_generators_are_refused(model, tmp_path):
-    outcome = _generate(model, tmp_path / "out", "--seed", 2**63)
-    assert outcome.exit_code == 2
-    assert "--seed" in outcome.stderr
+    for seed in (-1, 2**62 + 1, 2**63):
+        outcome = _generate(model, tmp_path / "out", "--seed", seed)
+        assert outcome.exit_code == 2
+        assert "--seed" in outcome.stderr and str(seed) in outcome.stderr
     assert not (tmp_path / "out").exists()
 
 

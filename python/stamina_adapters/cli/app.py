@@ -8,14 +8,34 @@ from typing import Annotated
 
 import typer
 
-from stamina_adapters.cli.options import Model, OutputDir, console, one_line_errors, with_settings
+from stamina_adapters.cli.options import (
+    MODEL_PANEL,
+    Model,
+    OutputDir,
+    console,
+    one_line_errors,
+    with_settings,
+)
 from stamina_adapters.config import StaminaConfig
 from stamina_adapters.training.config import TrainingConfig
 
-# 2^62 leaves room for a picture's number in what a generator takes
+
+def _check_seed(seed: int) -> int:
+    # 2^62 leaves room for a picture's number in what a generator takes
+    if not 0 <= seed <= 2**62:
+        raise typer.BadParameter(f"must be from 0 to 2^62, not {seed}")
+    return seed
+
+
+# not by min and max, which the help would print in digits
 _PictureSeed = Annotated[
-    int, typer.Option("--seed", min=0, max=2**62, help="Picture k uses seed + k.")
+    int, typer.Option("--seed", callback=_check_seed, help="Picture k uses seed + k, up to 2^62.")
 ]
+# without "range" in their types, which would take room from the names
+_Pictures = Annotated[int, typer.Option("--num_images_per_prompt", metavar="<int>", min=1)]
+_Steps = Annotated[int, typer.Option("--num_inference_steps", metavar="<int>", min=1)]
+_Guidance = Annotated[float, typer.Option("--guidance_scale", metavar="<float>", min=0.0)]
+_Batch = Annotated[int, typer.Option("--sample_batch_size", metavar="<int>", min=1)]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -72,11 +92,11 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
     output_dir: OutputDir,
     pretrained_model_name_or_path: Model = None,
-    num_images_per_prompt: Annotated[int, typer.Option("--num_images_per_prompt", min=1)] = 4,
+    num_images_per_prompt: _Pictures = 4,
     seed: _PictureSeed = 0,
-    num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 30,
-    guidance_scale: Annotated[float, typer.Option("--guidance_scale", min=0.0)] = 3.0,
-    sample_batch_size: Annotated[int, typer.Option("--sample_batch_size", min=1)] = 8,
+    num_inference_steps: _Steps = 30,
+    guidance_scale: _Guidance = 3.0,
+    sample_batch_size: _Batch = 8,
 ) -> None:
     """Make pictures from prompts; writes <prompt number>-<picture number>.png."""
     from stamina_adapters.cli.generate import generate as run
@@ -149,7 +169,13 @@ def benchmark(
 def evaluate(
     pretrained_model_name_or_path: Annotated[
         Path,
-        typer.Option("--pretrained_model_name_or_path", help="Folder that knows the concepts."),
+        typer.Option(
+            "--pretrained_model_name_or_path",
+            # beside the mark of what is required, there is no room for a type
+            metavar="",
+            help="Folder that knows the concepts.",
+            rich_help_panel=MODEL_PANEL,
+        ),
     ],
     concepts_list: Annotated[
         Path,
@@ -159,11 +185,11 @@ def evaluate(
         Path | None,
         typer.Option("--clip", help="Local CLIP folder that judges. Default: the shipped encoder."),
     ] = None,
-    num_images_per_prompt: Annotated[int, typer.Option("--num_images_per_prompt", min=1)] = 16,
+    num_images_per_prompt: _Pictures = 16,
     seed: _PictureSeed = 10_000,
-    num_inference_steps: Annotated[int, typer.Option("--num_inference_steps", min=1)] = 20,
-    guidance_scale: Annotated[float, typer.Option("--guidance_scale", min=0.0)] = 3.0,
-    sample_batch_size: Annotated[int, typer.Option("--sample_batch_size", min=1)] = 16,
+    num_inference_steps: _Steps = 20,
+    guidance_scale: _Guidance = 3.0,
+    sample_batch_size: _Batch = 16,
     output: Annotated[
         Path | None, typer.Option("--output", help="New JSON file for the figures.")
     ] = None,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -18,11 +18,16 @@ from stamina_adapters.training.errors import InputError
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
+# The help cuts names where they and the types beside them leave no room at 80 columns. So the
+# longest name has a panel of its own, and types are short.
+MODEL_PANEL = "Model"
 Model = Annotated[
     Path | None,
     typer.Option(
         "--pretrained_model_name_or_path",
+        metavar="DIR",
         help="Local Stable Diffusion folder. Default: the embedded model.",
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 OutputDir = Annotated[Path, typer.Option("--output_dir", help="New or empty folder.")]
@@ -58,7 +63,11 @@ def _parameters(kind: type[BaseModel], panel: str) -> list[inspect.Parameter]:
     for option, name in _fields(kind).items():
         field = kind.model_fields[name]
         flags = f"--{option}/--no_{option}" if field.annotation is bool else f"--{option}"
-        declared = typer.Option(flags, help=field.description, rich_help_panel=panel)
+        # the description names the values
+        metavar = "<name>" if get_origin(field.annotation) is Literal else None
+        declared = typer.Option(
+            flags, metavar=metavar, help=field.description, rich_help_panel=panel
+        )
         parameters.append(
             inspect.Parameter(
                 option,

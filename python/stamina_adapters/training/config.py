@@ -38,7 +38,8 @@ class TrainingConfig(BaseModel):
     mask_learning_rate: float = Field(2e-2, gt=0, description="rate of the mask generators")
     token_learning_rate: float = Field(1e-1, gt=0, description="rate of the token's MLP")
     lr_scheduler: Literal["constant", "linear"] = Field(
-        "linear", description="rates stay, or fall linearly to 0 over a concept's steps"
+        "linear",
+        description="constant (rates stay) or linear (they fall to 0 over a concept's steps)",
     )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
