@@ -126,8 +126,7 @@ def test_no_option_name_is_cut_at_80_columns(name, monkeypatch):
     command = get_command(app).commands[name]
     shown = _shown(name, "--help")
     assert "…" not in shown
-    longest = max(len(line) for line in shown.splitlines())
-    assert longest == 80
+    assert max(len(line) for line in shown.splitlines()) == 80
     for parameter in command.params:
         for option in (*parameter.opts, *parameter.secondary_opts):
             assert not option.startswith("--") or f" {option} " in shown

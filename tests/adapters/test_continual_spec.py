@@ -166,7 +166,12 @@ def test_lines_and_seeds_are_chosen_by_name():
     assert spec.line("slow").method == "fake" and spec.line("other").method == "other"
     assert chosen_seeds("0, 2") == [0, 2]
     for methods, words in (
-        ("fake,absent", "no method 'absent'; there are fake, other"),
+        (
+            "fake,absent",
+            "--methods: no method 'absent'; there are the specification's fake, slow; registered "
+            "are fake, other$",
+        ),
+        ("slwo", r"no method 'slwo'; did you mean 'slow'\?; there are"),
         ("fake,fake", "named twice"),
         ("fake,,other", "is empty"),
     ):
@@ -175,6 +180,12 @@ def test_lines_and_seeds_are_chosen_by_name():
     for seeds in ("", "1,x", "-1", "1,1"):
         with pytest.raises(InputError, match="--seeds"):
             chosen_seeds(seeds)
+    wrong = _spec(methods={"line": {"method": "otter"}})
+    wanted = r"--sequence: methods\.line: no method 'otter'; did you mean 'other'\?; there are fake"
+    with pytest.raises(InputError, match=wanted):
+        chosen_lines(wrong, None, REGISTRY)
+    with pytest.raises(InputError, match="--sequence: names no methods; give some with --methods"):
+        chosen_lines(_spec(methods={}), None, REGISTRY)
     wrong = _spec(methods={"fake": {"settings": {"speed": 1}}})
     with pytest.raises(InputError, match="unknown setting 'speed'"):
         chosen_lines(wrong, None, REGISTRY)

@@ -2,8 +2,9 @@
 """The methods that a benchmark can run, and what tuning tries for each."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,11 +22,18 @@ class Registry:
     methods: Mapping[str, Callable[[dict[str, Any]], Any]]
     search: Mapping[str, Sequence[dict[str, Any]]]
 
-    def check(self, name: str, argument: str) -> None:
-        """Raise `InputError` for a method that is not registered."""
-        if name not in self.methods:
-            known = ", ".join(sorted(self.methods))
-            raise InputError(f"{argument}: no method {name!r}; there are {known}")
+    def check(self, name: str, argument: str, lines: Collection[str] = ()) -> None:
+        """Raise `InputError` for a method that is not registered.
+
+        It names what could be given instead: `lines` of a specification, then what is registered.
+        """
+        if name in self.methods:
+            return
+        nearest = get_close_matches(name, [*lines, *self.methods], n=1)
+        meant = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        own = f"the specification's {', '.join(lines)}; registered are " if lines else ""
+        known = ", ".join(sorted(self.methods))
+        raise InputError(f"{argument}: no method {name!r}{meant}; there are {own}{known}")
 
     def make(self, name: str, settings: dict[str, Any], argument: str) -> Any:
         """A new method. Raises `InputError` for settings that it does not take."""
@@ -51,7 +59,9 @@ def chosen_lines(spec: BenchmarkSpec, methods: str | None, registry: Registry) -
     """
     given = list(spec.methods) if methods is None else methods.split(",")
     names = [name.strip() for name in given]
-    if not names or not all(names):
+    if not names:
+        raise InputError("--sequence: names no methods; give some with --methods")
+    if not all(names):
         raise InputError("--methods: is empty; name methods, separated by commas")
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -59,7 +69,10 @@ def chosen_lines(spec: BenchmarkSpec, methods: str | None, registry: Registry) -
         if name in (".", "..") or "/" in name or name.startswith("."):
             raise InputError(f"--methods: {name!r} cannot name a folder; rename it")
         line = spec.line(name)
-        registry.check(str(line.method), "--methods" if name not in spec.methods else "--sequence")
+        if name in spec.methods:
+            registry.check(str(line.method), f"--sequence: methods.{name}")
+        else:
+            registry.check(name, "--methods", spec.methods)
         registry.make(str(line.method), line.settings, f"--sequence: methods.{name}")
         spec.training_of(line.training, 0, f"--sequence: methods.{name}.training")
     return names
