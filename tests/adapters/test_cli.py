@@ -246,7 +246,10 @@ def _no_rank(tmp_path, file):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_missing_folder, ("instance_data_dir", "no such folder; give a folder")),
+        (
+            _missing_folder,
+            ("--concepts_list", ": entry 1: instance_data_dir", "no such folder; give a folder"),
+        ),
         (_empty_folder, ("instance_data_dir", "is empty; put")),
         (_corrupt_image, ("instance_data_dir", "1.png", "cannot be decoded", "replace or remove")),
         (_unknown_key, ("--concepts_list", "unknown key 'class_prompt'; remove it")),

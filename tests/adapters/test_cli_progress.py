@@ -60,7 +60,7 @@ def test_a_token_in_square_brackets_is_shown_as_it_is():
         kid=None, concepts=[row],
     )  # fmt: skip
     for table, names in (
-        (summary_table([log], None), ["[bold]"]),
+        (summary_table([log], None), ["[bold]", "seconds"]),
         (figures_table(figures), ["[bold]", "clip[red]"]),
     ):
         console = Console(file=io.StringIO(), width=120)

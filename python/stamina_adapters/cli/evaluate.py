@@ -97,7 +97,7 @@ def evaluate(
     metric_class()
     _check_output(output)
     concepts = load_concepts_list(concepts_list)
-    datasets = read_datasets(concepts)
+    datasets = read_datasets(concepts, concepts_list)
     pipe = load_pipeline(model)
     _check_known(pipe, [concept.token for concept in concepts], model)
     for concept in concepts:

@@ -28,7 +28,12 @@ from stamina_adapters.continual.folder import check_room
 from stamina_adapters.continual.masks import weighted_density
 from stamina_adapters.continual.snapshot import pipeline_bytes
 from stamina_adapters.files import write_beside
-from stamina_adapters.training.config import ConceptSpec, TrainingConfig, load_concepts_list
+from stamina_adapters.training.config import (
+    ConceptSpec,
+    TrainingConfig,
+    load_concepts_list,
+    pictures_argument,
+)
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.errors import InputError
 from stamina_adapters.training.methods import StaminaMethod
@@ -75,16 +80,19 @@ def _record(trainer: ContinualTrainer, logs: list[ConceptLog]) -> str:
     return json.dumps(record, indent=1)
 
 
-def read_datasets(concepts: list[ConceptSpec]) -> list[ConceptDataset]:
-    """Every concept's pictures, decoded and checked."""
-    return [ConceptDataset.from_folder(c.instance_data_dir, "instance_data_dir") for c in concepts]
+def read_datasets(concepts: list[ConceptSpec], file: Path | None = None) -> list[ConceptDataset]:
+    """Every concept's pictures, decoded and checked; `file` is the list that names them."""
+    return [
+        ConceptDataset.from_folder(c.instance_data_dir, pictures_argument(index, file))
+        for index, c in enumerate(concepts)
+    ]
 
 
 def summary_table(logs: list[ConceptLog], pipe: Any) -> Table:
     """One row for each concept that `pipe` has learned; densities are of the committed masks."""
     table = Table(title="Learned concepts")
-    titles = ("token", "images", "loss, sampled masks", "loss, committed masks", "density", "s")
-    for title in titles:
+    losses = ("loss, sampled masks", "loss, committed masks")
+    for title in ("token", "images", *losses, "density", "seconds"):
         table.add_column(title, justify="left" if title == "token" else "right")
     for log in logs:
         last = log.probes[-1]
@@ -141,7 +149,7 @@ def train(
         concepts = embedded_concepts(output_dir / "images")
     else:
         concepts = load_concepts_list(concepts_list)
-        datasets = read_datasets(concepts)
+        datasets = read_datasets(concepts, concepts_list)
     pipe = load_pipeline(model or model_path())
     check_new_tokens(pipe, concepts, "--concepts_list")
     trainer = ContinualTrainer(pipe, StaminaMethod(adapter), training)

@@ -15,7 +15,11 @@ from stamina_adapters.embedded.pictures import (
     TRAINING_PICTURES_SEED,
     pictures,
 )
-from stamina_adapters.training.config import ConceptSpec, load_concepts_list
+from stamina_adapters.training.config import (
+    ConceptSpec,
+    load_concepts_list,
+    pictures_argument,
+)
 from stamina_adapters.training.data import ConceptDataset
 from stamina_adapters.training.errors import InputError
 
@@ -128,7 +132,8 @@ def _folders(spec: FolderConcepts, tuning: bool) -> Material:
         )
     made = []
     for index, entry in enumerate(entries):
-        dataset = ConceptDataset.from_folder(entry.instance_data_dir, "instance_data_dir")
+        where = pictures_argument(index, file)
+        dataset = ConceptDataset.from_folder(entry.instance_data_dir, where)
         family = families[index] if families else None
         made.append(Concept(entry.name, family, entry, dataset, dataset.images))
     return Material(made, [])

@@ -210,6 +210,12 @@ def load_concepts_list(path: Path, folder: Path | None = None) -> list[ConceptSp
     return concepts
 
 
+def pictures_argument(index: int, file: Path | None) -> str:
+    """What a message about the pictures of a list's entry begins with; None: of no list."""
+    entry = "" if file is None else f"--concepts_list {str(file)!r}: entry {index}: "
+    return f"{entry}instance_data_dir"
+
+
 def check_distinct(concepts: list[ConceptSpec], argument: str) -> None:
     """Raise `InputError` when two concepts share a token, or a file name made from it.
 
