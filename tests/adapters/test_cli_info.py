@@ -3,7 +3,10 @@
 
 import json
 
+import pytest
 from cli_kit import run
+
+from stamina_kernels import cpu
 
 
 def test_info_tells_versions_and_backends():
@@ -14,6 +17,26 @@ def test_info_tells_versions_and_backends():
     assert found["backends"]["reference"] == {"available": True, "reason": None}
     assert {"torch", "diffusers", "safetensors"} <= found["versions"].keys()
     assert "embedded_model" in found
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="the C++ backend is not built")
+def test_info_names_the_instruction_set_of_the_cpu_backend():
+    assert f"instructions    {cpu.instruction_set()}\n" in run("info").stdout
+    found = json.loads(run("info", "--json").stdout)
+    assert found["cpu_instruction_set"] == cpu.instruction_set()
+
+
+def test_info_says_why_there_is_no_instruction_set(monkeypatch):
+    def refused():
+        raise RuntimeError("STAMINA_CPU_ISA must be one of [...]\nin C++")
+
+    monkeypatch.setattr("stamina_kernels.cpu.unavailable_reason", lambda: None)
+    monkeypatch.setattr("stamina_kernels.cpu.instruction_set", refused)
+    assert "instructions    none: STAMINA_CPU_ISA must be one of [...]\n" in run("info").stdout
+    monkeypatch.setattr("stamina_kernels.cpu.unavailable_reason", lambda: "not built")
+    found = json.loads(run("info", "--json").stdout)
+    assert found["cpu_instruction_set"] is None
+    assert found["cpu_instruction_set_error"] == "not built"
 
 
 def test_info_explains_the_strategy_of_a_gpu():

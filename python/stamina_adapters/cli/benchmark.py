@@ -224,7 +224,7 @@ def _do(session: _Session, plan: Plan, run: _Run, on_task: Callable[[], None]) -
 def _sentence(row: SummaryRow) -> str:
     drift = "" if row.f_mmd is None else f", F_mmd {row.f_mmd:.3f}"
     return (
-        f"{row.method}, seed {row.seed}, {row.concepts} concepts: accuracy "
+        f"{row.method}, seed {row.seed}, {counted(row.concepts, 'concept')}: accuracy "
         f"{row.accuracy_after_learning:.2f} after learning, {row.accuracy_final:.2f} now, "
         f"A_mmd {row.a_mmd:.3f}{drift}, {row.seconds:.0f} s"
     )
@@ -262,6 +262,7 @@ def benchmark(
     ]
     material = load_material(spec)
     session = _open(spec, material, runs, output, "evaluation", registry, console)
+    finished = all(tasks_done(run.folder) == len(material.concepts) for run in runs)
     failures = []
     with full_disk_is_told(output, "--output"), RunProgress(console, keep=False) as progress:
         plan = session.plan(progress, _levels(session, progress))
@@ -276,9 +277,9 @@ def benchmark(
     if failures:
         failed = counted(len(failures), "run")
         raise InputError(f"{failed} failed, the others are whole: {failures[0]}")
-    console.print(
-        f"rows in {output}; make a page of them with stamina report", soft_wrap=True, markup=False
-    )
+    already = f"nothing left to do, {counted(len(runs), 'run')} finished: " if finished else ""
+    told = f"{already}rows in {output}; make a page of them with stamina report"
+    console.print(told, soft_wrap=True, markup=False)
 
 
 def tune(

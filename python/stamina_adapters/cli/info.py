@@ -8,13 +8,33 @@ from rich.table import Table
 
 from stamina_adapters.embedded import assets_dir
 from stamina_adapters.training.errors import InputError
-from stamina_kernels import MAX_RANK, cost, info
+from stamina_kernels import MAX_RANK, cost, cpu, info
+
+
+def _instruction_set() -> tuple[str | None, str | None]:
+    """What backend `cpu` computes with, or None and why."""
+    if (reason := cpu.unavailable_reason()) is not None:
+        return None, reason
+    try:
+        return cpu.instruction_set(), None
+    except RuntimeError as error:
+        # STAMINA_CPU_ISA asks for one that is not there
+        return None, str(error).splitlines()[0]
 
 
 def collect() -> dict[str, Any]:
-    """`stamina_kernels.info()` and whether the embedded model is installed; plain JSON types."""
+    """`stamina_kernels.info()`, the instruction set of backend `cpu` and the embedded model.
+
+    Plain JSON types; embedded_model is None where it is not installed.
+    """
     folder = assets_dir()
-    return {**info(), "embedded_model": str(folder) if folder.is_dir() else None}
+    instructions, error = _instruction_set()
+    return {
+        **info(),
+        "cpu_instruction_set": instructions,
+        "cpu_instruction_set_error": error,
+        "embedded_model": str(folder) if folder.is_dir() else None,
+    }
 
 
 def show(found: dict[str, Any], console: Console) -> None:
@@ -33,6 +53,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(f"platform        {found['platform']}", soft_wrap=True)
     console.print(f"devices         {', '.join(found['devices'])}", soft_wrap=True)
     console.print(f"threads         {found['threads']}")
+    instructions = found["cpu_instruction_set"] or f"none: {found['cpu_instruction_set_error']}"
+    console.print(f"instructions    {instructions}", soft_wrap=True, markup=False)
     console.print(
         f"embedded model  {found['embedded_model'] or 'missing: reinstall the package'}",
         soft_wrap=True,
