@@ -13,6 +13,10 @@ from stamina_adapters.models import base_weight, layer_at
 from stamina_adapters.vocabularies import check_new_token, check_vector
 
 
+class WrongBaseError(ValueError):
+    """A concept meets a weight that is not the one that it was learned on."""
+
+
 def check_concepts(concepts: Any) -> None:
     """Raise TypeError unless `concepts` is a sequence of `ConceptState`."""
     wanted = "concepts must be a sequence of ConceptState"
@@ -60,7 +64,7 @@ def check_layers(model: nn.Module, concept: ConceptState, verify_base: bool) -> 
     check_not_shared(model, concept.layers)
     for path in concept.layers if verify_base else ():
         if weight_digest(base_weight(layer_at(model, path))) != concept.digests[path]:
-            raise ValueError(
+            raise WrongBaseError(
                 f"concept {concept.name!r}: the weight of {path!r} is not the one that it was "
                 "learned on (wrong base digest)"
             )

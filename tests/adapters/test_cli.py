@@ -52,16 +52,9 @@ def test_train_writes_a_stock_pipeline_and_a_file_for_each_concept(trained, mode
     assert record["method"]["adapter"]["r"] == 2
 
 
-def test_fold_rebuilds_the_trained_pipeline_from_the_concept_files(trained, model, tmp_path):
-    outcome = run(
-        "fold",
-        trained / "concepts" / "v1.safetensors",
-        trained / "concepts" / "v2.safetensors",
-        "--pretrained_model_name_or_path",
-        model,
-        "--output_dir",
-        tmp_path / "folded",
-    )
+@pytest.mark.parametrize("given", [("v1.safetensors", "v2.safetensors"), (".",)])
+def test_fold_rebuilds_the_trained_pipeline_from_the_concept_files(trained, model, tmp_path, given):
+    outcome = _fold(model, tmp_path / "folded", *(trained / "concepts" / name for name in given))
     assert outcome.exit_code == 0, outcome.output
     for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         folded, learned = (load_file(f / part) for f in (tmp_path / "folded", trained))
@@ -356,11 +349,12 @@ def test_fold_refuses_files_that_do_not_fit(trained, model, tmp_path):
     file = trained / "concepts" / "v1.safetensors"
     out = tmp_path / "out"
     refused(_fold(model, out, tmp_path / "absent"), "CONCEPTS", "no such file; give files")
-    refused(_fold(model, out, file.parent), "CONCEPTS", "is a folder; give its files")
+    refused(_fold(model, out, trained), "CONCEPTS", "no .safetensors file; give the folder")
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:100])
     refused(_fold(model, out, tmp_path / "cut.safetensors"), "CONCEPTS", "cut.safetensors")
     refused(_fold(model, out, file, file), "CONCEPTS", "v1")
-    refused(_fold(trained, out, file), "CONCEPTS", "wrong base digest")
+    way_on = f"give the folder that it was learned on with {MODEL}"
+    refused(_fold(trained, out, file), "CONCEPTS", f"(wrong base digest); {way_on}")
     assert not out.exists()
 
 

@@ -117,7 +117,9 @@ def generate(
 
 @app.command()
 def fold(
-    concepts: Annotated[list[Path], typer.Argument(help="Concept files, in the order learned.")],
+    concepts: Annotated[
+        list[Path], typer.Argument(help="Concept files, or folders of them, in any order.")
+    ],
     output_dir: OutputDir,
     pretrained_model_name_or_path: Model = None,
 ) -> None:
