@@ -3,11 +3,12 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from cli_kit import refused, run, tree
+from cli_kit import MODEL, refused, run, tree
 from continual_kit import write_clip, write_concepts
 from PIL import Image
 from stamina_adapters.evaluation.clip import ClipEmbedder
@@ -49,9 +50,26 @@ def test_evaluate_measures_what_a_folder_has_learned(trained, evaluate, tmp_path
     assert found["judged_by"] == str(clip) and found["pictures"] == 3
     assert [row["token"] for row in found["concepts"]] == ["<v1>", "<v2>"]
     assert found["a_mmd"] == pytest.approx(sum(r["mmd"] for r in found["concepts"]) / 2)
-    assert found["kid"] is not None and 0 <= found["accuracy"] <= 1
+    # 4 real and 6 drawn pictures are too few
+    assert found["kid"] is None and 0 <= found["accuracy"] <= 1
+    assert "told as itself, chance 0.50" in outcome.stdout
+    assert re.search(r"KID x 1000 [^-\n]* - ", outcome.stdout)
     shipped = evaluate(trained)
     assert shipped.exit_code == 0 and "shipped encoder" in shipped.stdout.replace("\n", " ")
+
+
+def test_kid_has_a_row_of_its_own_from_ten_pictures_on(trained, tmp_path):
+    concepts, figures = write_concepts(tmp_path, 2), tmp_path / "figures.json"
+    for number in (1, 2):
+        for k in (2, 3, 4):
+            Image.new("RGB", (12, 12), (80 * number, 50 * k, 0)).save(
+                tmp_path / f"data{number}" / f"{k}.png"
+            )
+    few = ("--num_images_per_prompt", 5, "--num_inference_steps", 1, "--output", figures)
+    outcome = run("evaluate", MODEL, trained, "--concepts_list", concepts, *few)
+    assert outcome.exit_code == 0, outcome.output
+    shown = f"{1e3 * json.loads(figures.read_text())['kid']:.3f}"
+    assert re.search(rf"KID x 1000 .* {re.escape(shown)} ", outcome.stdout)
 
 
 def test_evaluate_refuses_a_model_that_has_not_learned_the_concepts(model, evaluate):

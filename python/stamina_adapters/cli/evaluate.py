@@ -32,6 +32,9 @@ from stamina_adapters.files import write_beside
 from stamina_adapters.training.config import load_concepts_list
 from stamina_adapters.training.errors import InputError
 
+KID_PICTURES = 10
+"""Fewest real and fewest drawn pictures, of all concepts together, that a KID is computed from."""
+
 
 class ConceptFigures(BaseModel):
     """One concept; `accuracy` is the share told as itself, None where there is no other."""
@@ -46,7 +49,8 @@ class Figures(BaseModel):
     """What `stamina evaluate` measures.
 
     a_mmd      mean over concepts of the discrepancy to their real pictures
-    kid        of all real and all generated pictures; None for fewer than two
+    kid        of all real and all generated pictures; None for fewer than 10 (`KID_PICTURES`) of
+               either, whose spread says more of chance than of the model
     accuracy   mean over concepts; chance is one over their number
     """
 
@@ -141,6 +145,7 @@ def _figures(
     clip: Path | None,
     sampling: SamplingSpec,
 ) -> Figures:
+    real, made = torch.cat(judge.real), torch.cat(embedded)
     known = [row.accuracy for row in rows if row.accuracy is not None]
     return Figures(
         model=str(model),
@@ -149,7 +154,7 @@ def _figures(
         accuracy=mean(known) if known else None,
         cosine=mean([row.cosine for row in rows]),
         a_mmd=mean([row.mmd for row in rows]),
-        kid=kid(torch.cat(judge.real), torch.cat(embedded)),
+        kid=kid(real, made) if min(len(real), len(made)) >= KID_PICTURES else None,
         concepts=rows,
     )
 
@@ -161,15 +166,15 @@ def _share(value: float | None) -> str:
 def figures_table(figures: Figures) -> Table:
     distance = "-" if figures.kid is None else f"{1e3 * figures.kid:.3f}"
     judge = escape(figures.judged_by)  # square brackets, of a folder or a token, are no style
-    table = Table(
-        title=f"{counted(figures.pictures, 'picture')} each, judged by {judge}; "
-        f"KID x 1000: {distance}"
-    )
-    for title in ("concept", "told as itself", "cosine to real", "MMD to real"):
-        table.add_column(title, justify="left" if title == "concept" else "right")
+    table = Table(title=f"{counted(figures.pictures, 'picture')} each, judged by {judge}")
+    chance = "" if figures.accuracy is None else f", chance {1 / len(figures.concepts):.2f}"
+    table.add_column("concept")
+    for title in (f"told as itself{chance}", "cosine to real", "MMD to real"):
+        table.add_column(title, justify="right")
     for row in figures.concepts:
         name = escape(row.token)
         table.add_row(name, _share(row.accuracy), f"{row.cosine:.3f}", f"{row.mmd:.3f}")
     table.add_section()
     table.add_row("mean", _share(figures.accuracy), f"{figures.cosine:.3f}", f"{figures.a_mmd:.3f}")
+    table.add_row("KID x 1000", "", "", distance)
     return table
