@@ -212,7 +212,6 @@ inline int thread_again() { return static_cast<int>(threadIdx.x); }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float exp_approx(float x) { return std::exp(x); }
 inline float reciprocal_approx(float x) { return 1.0f / x; }
-
 inline float log2_approx(float x) { return std::log2(x); }
 
 inline float max_or_nan(float a, float b) {
